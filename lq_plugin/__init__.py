@@ -1,0 +1,37 @@
+"""Low-bit training for PyTorch Lightning: `Trainer(plugins=[QuantPlugin()])`, or `convert(model)` in a plain loop.
+
+Names are imported when they are first used, so that `import lq_plugin` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lq_plugin.callbacks import MemoryMonitor, TokenThroughput
+    from lq_plugin.conversion import Conversion, convert
+    from lq_plugin.plugin import QuantPlugin
+
+_HOMES = {
+    "Conversion": "lq_plugin.conversion",
+    "MemoryMonitor": "lq_plugin.callbacks",
+    "QuantPlugin": "lq_plugin.plugin",
+    "TokenThroughput": "lq_plugin.callbacks",
+    "convert": "lq_plugin.conversion",
+}
+
+_SUBPACKAGES = ("callbacks", "formats", "layers", "optim")
+
+__all__ = ["Conversion", "MemoryMonitor", "QuantPlugin", "TokenThroughput", "convert"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return import_module(f"lq_plugin.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES, *_SUBPACKAGES]
