@@ -1,0 +1,79 @@
+"""What the layers of a model are, told by its structure: embeddings, routers, ties, and linears that cannot convert."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import nn
+
+from lq_plugin.layers.linear import QuantLinear
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names as the user wrote them: without the level that torch.compile puts in."""
+    for name, module in model.named_modules():
+        yield name.replace("_orig_mod.", ""), module
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer with its weight (in, out)."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ in ("Conv1D", "QuantConv1D") and isinstance(weight, nn.Parameter) and weight.dim() == 2
+
+
+def embedding_parameters(model: nn.Module) -> set[int]:
+    """ids of the weights of the input and output embeddings."""
+    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)] + output_embeddings(model)
+    return {id(m.weight) for m in modules if isinstance(getattr(m, "weight", None), nn.Parameter)}
+
+
+def output_embeddings(model: nn.Module) -> list[nn.Module]:
+    """What get_output_embeddings() of a part of the model returns, and the linears called lm_head."""
+    declaring = (m for m in model.modules() if callable(getattr(m, "get_output_embeddings", None)))
+    found = [m.get_output_embeddings() for m in declaring]  # type: ignore[operator]
+    found += [m for name, m in named_modules(model) if name.rpartition(".")[2] == "lm_head"]
+    return [m for m in found if isinstance(m, nn.Module)]
+
+
+def impossible(model: nn.Module) -> dict[int, str]:
+    """id of a linear -> why it cannot be converted, even by name."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
+    reasons = {}
+    for name, module in named_modules(model):
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].append((name, module))
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            reasons[id(module)] = "MultiheadAttention reads its weight directly"
+        elif isinstance(module, nn.Linear) and type(module) is not nn.Linear and not isinstance(module, QuantLinear):
+            reasons[id(module)] = f"{type(module).__name__} is a subclass of nn.Linear"
+    for users in owners.values():
+        for name, module in users if len(users) > 1 else ():
+            reasons[id(module)] = f"tied to {', '.join(other for other, _ in users if other != name)}"
+    return reasons
+
+
+def unwanted(model: nn.Module) -> dict[int, str]:
+    """id of a linear -> why it is left alone unless it is named in full."""
+    reasons = {id(router): "router" for parent in model.modules() for router in _routers(parent)}
+    return reasons | {id(module): "output embedding" for module in output_embeddings(model)}
+
+
+def _routers(parent: nn.Module) -> Iterator[nn.Module]:
+    """Linear layers with one output for each of the experts beside them."""
+    experts = {len(child) for child in parent.children() if isinstance(child, nn.ModuleList)}
+    experts |= {p.shape[0] for child in parent.children() for p in child.parameters(recurse=False) if p.dim() == 3}
+    for child in parent.children():
+        if isinstance(child, nn.Linear) and child.out_features in experts:
+            yield child
+
+
+def disable_fast_paths(model: nn.Module) -> None:
+    """In eval nn.TransformerEncoderLayer calls one fused operator on its weights, past the forward of its linears."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
