@@ -1,0 +1,148 @@
+"""QuantPlugin: Lightning's precision plugin that swaps linear layers and optimizers."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import nn
+from torch.optim import Optimizer
+
+from lq_plugin import record, rng
+from lq_plugin.conversion import Conversion, convert
+from lq_plugin.layers.linear import QuantConv1D, QuantLinear
+from lq_plugin.optim import Options
+from lq_plugin.optimizer_choice import OptimizerChoice
+from lq_plugin.policy import LinearSpec, Policy
+from lq_plugin.precision import AnyStrategyPrecision, default_precision, precision_named
+from lq_plugin.report import conversion_table
+
+_UNSUPPORTED_STRATEGIES = ("DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
+
+
+class QuantPlugin(AnyStrategyPrecision):
+    """`Trainer(plugins=[QuantPlugin()])` trains the model's linear layers and optimizer in low bits.
+
+    linear: a format name or object, {name pattern: format} of which the first match wins, or None: linears stay.
+    optimizer: "auto" swaps those that have an 8-bit twin and names the rest; "8bit" and "32bit" raise where there is
+    no twin; lq_plugin.optim.Options; None leaves optimizers alone.
+    percentile_clipping: each tensor's gradient is clipped at this percentile (1..99) of its last 100 norms; "auto" is
+    5, or off beside the Trainer's gradient_clip_val; None is off.
+    precision: of all that is not quantised: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed; None takes bf16-mixed
+    on GPUs that have it, 16-mixed on others and 32-true on a CPU.
+    skip: patterns of linears to leave alone, on top of those that always are (see `lq_plugin.convert`).
+    partial: accept that less than half of the weights are quantised.
+    """
+
+    def __init__(
+        self,
+        linear: LinearSpec = "int8_switchback",
+        *,
+        optimizer: str | Options | None = "auto",
+        percentile_clipping: int | str | None = "auto",
+        lora: object | None = None,
+        precision: str | None = None,
+        skip: Iterable[str] = (),
+        partial: bool = False,
+    ) -> None:
+        super().__init__()
+        if lora is not None:
+            raise ValueError("lora needs a frozen base format, which this version does not have; leave lora=None")
+        self._linear = linear
+        self._skip = (skip,) if isinstance(skip, str) else tuple(skip)
+        self._policy = Policy.of(linear, self._skip)
+        self._partial = partial
+        self._optimizer = OptimizerChoice.of(optimizer, percentile_clipping)
+        self._asked_precision = None if precision is None else precision_named(precision)
+        self._conversion: Conversion | None = None
+        self._gradient_clip_val: float | None = None
+        self._fitting = False
+        self._rng_at_first_step: dict[str, Any] | None = None
+        self._reported = False
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        trainer = _trainer_of(module)
+        _check_strategy(trainer.strategy, self._optimizer.options)
+        self.set_precision(self._asked_precision or default_precision(trainer.strategy.root_device), trainer.strategy)
+        self._gradient_clip_val = trainer.gradient_clip_val
+        self._fitting = trainer.state.fn == TrainerFn.FITTING
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            self._conversion = self._converted_earlier(module)
+        else:
+            self._conversion = convert(module, self._linear, skip=self._skip, partial=self._partial)
+        return super().convert_module(module)
+
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        assert self._conversion is not None, "Lightning calls convert_module before connect"
+        swap = self._optimizer.swap(model, optimizers, self._conversion.embeddings, self._gradient_clip_val)
+        if not self._reported:
+            table = conversion_table(self._conversion, swap.state_bytes if optimizers else None)
+            _print("\n".join([f"precision: {self.precision}", *swap.lines, "", table]))
+            self._reported = True
+        return super().connect(model, optimizers, lr_schedulers)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._conversion is not None:
+            record.write(checkpoint, self._conversion, self.precision)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self._conversion is not None, "Lightning sets the model up before it restores a run"
+        found = record.check(checkpoint, self._conversion)
+        if found is None or not self._fitting:
+            return
+        rng.restore(found["rng"])
+        # In the middle of an epoch the data loader starts anew and draws from the generators before the first step.
+        if not checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]:
+            self._rng_at_first_step = found["rng"]
+
+    @contextmanager
+    def train_step_context(self) -> Iterator[None]:
+        if self._rng_at_first_step is not None:
+            rng.restore(self._rng_at_first_step)
+            self._rng_at_first_step = None
+        with super().train_step_context():
+            yield
+
+    def _converted_earlier(self, module: nn.Module) -> Conversion:
+        """ModelParallelStrategy has sharded the layers by now: configure_model converted them, or nobody can."""
+        converted = any(isinstance(m, QuantLinear | QuantConv1D) for m in module.modules())
+        if self._policy.converts and not converted:
+            raise ValueError(
+                "under ModelParallelStrategy layers are converted before they are sharded: call "
+                "lq_plugin.convert(model, ...) in configure_model ahead of fully_shard, or pass linear=None"
+            )
+        return convert(module, None)
+
+
+def _trainer_of(module: nn.Module) -> Trainer:
+    if isinstance(module, LightningModule):
+        return module.trainer
+    raise TypeError(
+        f"QuantPlugin needs lightning.pytorch's Trainer and a LightningModule, it got a {type(module).__name__}. In "
+        "Lightning Fabric or a plain loop call lq_plugin.convert(model) and take an optimizer from lq_plugin.optim"
+    )
+
+
+def _check_strategy(strategy: Strategy, options: Options | None) -> None:
+    names = [base.__name__ for base in type(strategy).__mro__]
+    for unsupported in _UNSUPPORTED_STRATEGIES:
+        if unsupported in names:
+            raise ValueError(
+                f"QuantPlugin got {unsupported}, which keeps its own precision and optimizer; expected a single "
+                "device, ddp, fsdp or ModelParallelStrategy (FSDP2): pass strategy='ddp', or ModelParallelStrategy"
+            )
+    if options is not None and isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        raise ValueError(
+            f"QuantPlugin got {type(strategy).__name__} and optimizer state in {options.state}, which cannot be "
+            "sharded yet; pass optimizer=None, or strategy='ddp'"
+        )
+
+
+@rank_zero_only
+def _print(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,52 @@
+"""What a checkpoint says about the low bits of the run that wrote it, and whether a run may go on from it.
+
+Weights of trainable formats are plain, so a checkpoint of another format would load without a word; the record, kept
+under a key of its own, makes that an error.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lq_plugin import rng
+from lq_plugin.conversion import Conversion
+
+KEY = "lq_plugin"
+VERSION = 1
+
+
+def write(checkpoint: dict[str, Any], conversion: Conversion, precision: str) -> None:
+    """Adds the formats by layer, the precision and the random generators, as plain values and tensors."""
+    checkpoint[KEY] = {
+        "version": VERSION,
+        "linear": _formats(conversion),
+        "precision": precision,
+        "rng": rng.capture(),
+    }
+
+
+def check(checkpoint: Mapping[str, Any], conversion: Conversion) -> Mapping[str, Any] | None:
+    """The record, or None where the run had no plugin; ValueError if this model is not in the same formats."""
+    record = checkpoint.get(KEY)
+    if record is None:
+        rank_zero_info("The checkpoint was written without QuantPlugin: its weights go on in the formats of this run.")
+        return None
+    if record["version"] != VERSION:
+        raise ValueError(
+            f"the checkpoint's record of lq_plugin has version {record['version']}, this version of lq_plugin reads "
+            f"version {VERSION}: install the lq_plugin that wrote it, or load its state_dict alone"
+        )
+    saved, present = record["linear"], _formats(conversion)
+    for name in sorted(saved.keys() | present.keys()):
+        if saved.get(name) != present.get(name):
+            raise ValueError(
+                f"layer {name!r} was trained in {saved.get(name, 'no format')} and is now in "
+                f"{present.get(name, 'no format')}: give QuantPlugin the linear= and skip= of the checkpoint's run, or "
+                "load its state_dict alone to go on in another format"
+            )
+    return record
+
+
+def _formats(conversion: Conversion) -> dict[str, str]:
+    return {layer.name: layer.formats.name for layer in conversion.converted if layer.formats}

@@ -1,0 +1,123 @@
+"""Checkpoints are whole or absent, damage is named, and nothing is unpickled."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lq_plugin.checkpoint_io import AtomicCheckpointIO, DamagedCheckpointError
+
+CHECKPOINT: dict[str, Any] = {
+    "weight": torch.arange(10_000.0),
+    "codes": torch.arange(256, dtype=torch.uint8),
+    "step": 3,
+}
+
+
+@pytest.fixture
+def io() -> AtomicCheckpointIO:
+    return AtomicCheckpointIO()
+
+
+def test_what_is_saved_is_loaded(io: AtomicCheckpointIO, tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "last.ckpt"
+    io.save_checkpoint(CHECKPOINT, path)
+    loaded = io.load_checkpoint(path)
+    assert torch.equal(loaded["weight"], CHECKPOINT["weight"])
+    assert loaded["codes"].dtype == torch.uint8
+    assert loaded["step"] == 3
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+def test_whichever_bit_flips_damage_is_named_and_never_used(io: AtomicCheckpointIO, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    io.save_checkpoint({"weight": torch.arange(20.0), "step": 3}, path)
+    whole = path.read_bytes()
+    named = 0
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        try:
+            loaded = io.load_checkpoint(path)  # the bit may be in padding or in a time stamp
+        except DamagedCheckpointError as error:
+            named += str(path) in str(error)
+        else:
+            assert torch.equal(loaded.pop("weight"), torch.arange(20.0))
+            assert loaded == {"step": 3}
+    assert named > len(whole) / 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
+def test_a_file_cut_short_is_named(share: float, io: AtomicCheckpointIO, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    io.save_checkpoint(CHECKPOINT, path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(DamagedCheckpointError, match=r"last\.ckpt is not a whole checkpoint"):
+        io.load_checkpoint(path)
+
+
+FULL_DISK = """
+import resource, sys, torch
+from lq_plugin.checkpoint_io import AtomicCheckpointIO
+path, io = sys.argv[1], AtomicCheckpointIO()
+io.save_checkpoint({"step": 1}, path)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for elements in (30_000, 3_000_000):  # the limit falls into the first flush, and between records
+    try:
+        io.save_checkpoint({"step": 2, "weight": torch.ones(elements)}, path)
+    except OSError as error:
+        print(error)
+print(io.load_checkpoint(path))
+"""
+
+
+def test_a_full_disk_keeps_the_previous_file_and_says_what_was_needed(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    command = [sys.executable, "-c", FULL_DISK, str(path)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for line, elements in zip(lines[:2], (30_000, 3_000_000), strict=True):
+        needed = int(line.split("needs ")[1].split(" bytes")[0].replace(",", ""))
+        assert 4 * elements < needed < 4 * elements + 5_000
+        assert str(path) in line
+    assert lines[2] == "{'step': 1}"
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(io: AtomicCheckpointIO, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match=r"file"):
+        io.save_checkpoint(CHECKPOINT, tmp_path / "file" / "last.ckpt")
+
+
+def test_an_error_while_saving_leaves_no_trace(io: AtomicCheckpointIO, tmp_path: Path) -> None:
+    io.save_checkpoint(CHECKPOINT, tmp_path / "last.ckpt")
+    with pytest.raises((AttributeError, pickle.PicklingError), match="pickle"):
+        io.save_checkpoint({"weight": torch.ones(3), "function": lambda: None}, tmp_path / "last.ckpt")
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+    assert io.load_checkpoint(tmp_path / "last.ckpt")["step"] == 3
+
+
+class _Runs:
+    """What an attacker would put in a file: an object that runs a function of its choice when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_checkpoint_that_carries_code_is_refused_and_not_run(io: AtomicCheckpointIO, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "extra": _Runs(tmp_path / "ran")}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt holds Python objects, which can run code when they are loaded"):
+        io.load_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="weights_only=False"):
+        io.load_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    assert not (tmp_path / "ran").exists()
