@@ -85,16 +85,21 @@ def _lines(first_count: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def load_tables(constants_ptr, SIGNED: tl.constexpr):
-    """Values (256,), bounds (32,), slopes (16,), offsets (16,) of one map, for the functions below."""
+def load_values(constants_ptr, SIGNED: tl.constexpr):
+    """The 256 values of a map, for `decode`."""
     which: tl.constexpr = 0 if SIGNED else 1
-    octave = tl.arange(0, _OCTAVES_T)
+    return tl.load(constants_ptr + which * _CODES + tl.arange(0, _CODES))
+
+
+@triton.jit
+def load_lines(constants_ptr, SIGNED: tl.constexpr):
+    """Bounds by octave (32,), slopes and offsets by rank (16,) of a map, for `encode_*`."""
+    which: tl.constexpr = 0 if SIGNED else 1
     rank = tl.arange(0, _RANKS_T)
-    values = tl.load(constants_ptr + which * _CODES + tl.arange(0, _CODES))
-    bounds = tl.load(constants_ptr + _BOUNDS_T + which * _OCTAVES_T + octave)
+    bounds = tl.load(constants_ptr + _BOUNDS_T + which * _OCTAVES_T + tl.arange(0, _OCTAVES_T))
     slopes = tl.load(constants_ptr + _SLOPES_T + which * _RANKS_T + rank)
     offsets = tl.load(constants_ptr + _OFFSETS_T + which * _RANKS_T + rank)
-    return values, bounds, slopes, offsets
+    return bounds, slopes, offsets
 
 
 @triton.jit

@@ -1,8 +1,6 @@
-"""Adam and AdamW over many tensors in one launch, with 8-bit or float32 state.
+"""Adam and AdamW over many tensors in one launch, with 8-bit or float32 state (optimizer_state.py).
 
-A parameter with 8-bit state keeps uint8 codes of its shape and float32 scales (rows, ceil(columns / 256)) for each
-moment: blocks of 256 values that never cross rows. The first moment is coded in the map dynamic_symmetric, the second
-in dynamic_unsigned. The arithmetic is float32; the parameter moves by the new moments before they are quantised.
+The arithmetic is float32; the parameter moves by the new moments before they are quantised.
 
     g = factor grad                                           (factor: percentile clipping, and the sign of maximize)
     p <- p (1 - lr wd)             if decoupled (AdamW), else g <- g + wd p (Adam's L2)
@@ -21,37 +19,21 @@ from torch import Tensor
 
 from lq_kernels._op import require_triton
 from lq_kernels._triton import tl, triton
-from lq_kernels.blockwise import BLOCK_SIZE, block_scale, dequantize_rows, quantize_rows
-from lq_kernels.codebooks import dynamic_map, zero_code
-from lq_kernels.dynamic_map import (
-    SIGNED_MAP,
-    UNSIGNED_MAP,
-    constants,
-    decode,
-    encode_signed,
-    encode_unsigned,
-    load_tables,
-)
+from lq_kernels.dynamic_map import constants
 from lq_kernels.multi_tensor import (
     GRAD,
-    NUMEL,
     PARAM,
-    ROW_LENGTH,
     SCALE1,
     SCALE2,
     STATE1,
     STATE2,
     Batch,
     State,
-    address,
     blocks_per_program,
     pointer,
 )
+from lq_kernels.optimizer_state import block_tile, load_moment, load_moment_tile, store_moment, store_moment_tile
 from lq_kernels.percentile_clipping import Facts, Preparation, launch_prepare, prepare, triton_type
-
-CODE_NAMES = {"1": SIGNED_MAP, "2": UNSIGNED_MAP}  # the map of the first and of the second moment
-
-_BLOCK = tl.constexpr(BLOCK_SIZE)
 
 
 @dataclass(frozen=True)
@@ -69,38 +51,6 @@ class Adam:
     @property
     def preparation(self) -> Preparation:
         return Preparation(self.betas, self.percentile, self.maximize)
-
-
-def new_state(param: Tensor, eight_bit: bool) -> State:
-    """Zero moments for `param`, in 8 bits by rows or in float32, and a step of 0."""
-    step = torch.zeros((), device=param.device)
-    if not eight_bit:
-        moments = {f"state{i}": torch.zeros(param.shape, device=param.device) for i in CODE_NAMES}
-        return {"step": step, **moments}
-    scale_shape = (param.shape[0], -(-(param.numel() // param.shape[0]) // BLOCK_SIZE))
-    state = {"step": step}
-    for i, name in CODE_NAMES.items():
-        state[f"codes{i}"] = torch.full(param.shape, zero_code(name), dtype=torch.uint8, device=param.device)
-        state[f"scale{i}"] = torch.zeros(scale_shape, device=param.device)
-    return state
-
-
-def load_moment(state: State, i: str) -> Tensor:
-    """The first ("1") or second ("2") moment as float32; float32 state itself, not a copy."""
-    if f"state{i}" in state:
-        return state[f"state{i}"]
-    codes = state[f"codes{i}"]
-    return dequantize_rows(codes, state[f"scale{i}"], dynamic_map(CODE_NAMES[i]).to(codes.device))
-
-
-def store_moment(state: State, i: str, moment: Tensor) -> None:
-    """Writes a float32 moment into the state, in place."""
-    if f"state{i}" in state:
-        state[f"state{i}"].copy_(moment)
-        return
-    codes, scale = quantize_rows(moment, dynamic_map(CODE_NAMES[i]))
-    state[f"codes{i}"].copy_(codes)
-    state[f"scale{i}"].copy_(scale)
 
 
 def adam_step(batch: Batch, grads: Sequence[Tensor | None], adam: Adam) -> None:
@@ -152,7 +102,9 @@ def launch_adam(batch: Batch, grads: Sequence[Tensor | None], adam: Adam) -> Non
     facts = launch_prepare(batch, grads, table, adam.preparation)
     on_device = isinstance(adam.lr, Tensor) and adam.lr.device == batch.device
     # Floats all: an int would compile the kernel once more.
-    numbers = [float(x) for x in (0.0 if on_device else adam.lr, *adam.betas, adam.eps, adam.weight_decay)]
+    # 1 - beta is taken in float64: 1 - 0.999 in float32 is off by 1.3e-5 of itself.
+    rests = [1 - beta for beta in adam.betas]
+    numbers = [float(x) for x in (0.0 if on_device else adam.lr, *adam.betas, *rests, adam.eps, adam.weight_decay)]
     for layout, work in data.work.items():
         if len(work):
             _adam_kernel[(len(work),)](
@@ -176,55 +128,16 @@ def launch_adam(batch: Batch, grads: Sequence[Tensor | None], adam: Adam) -> Non
 
 
 @triton.jit
-def block_tile(table_ptr, tensor, first_block, active, BLOCKS: tl.constexpr, FLAT: tl.constexpr):
-    """Offsets and mask (BLOCKS * 256,) of the values of neighbouring blocks, and the mask (BLOCKS,) of the blocks."""
-    row_length = address(table_ptr, tensor, ROW_LENGTH)
-    numel = tl.where(active != 0, address(table_ptr, tensor, NUMEL), 0)
-    lane = tl.arange(0, BLOCKS * _BLOCK)
-    block = first_block + tl.arange(0, BLOCKS)
-    if FLAT:
-        offset = first_block * _BLOCK + lane
-        return offset, lane // _BLOCK < numel // _BLOCK - first_block, block < numel // _BLOCK
-    else:
-        blocks_per_row = tl.cdiv(row_length, _BLOCK)
-        column = (block % blocks_per_row)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-        offset = (block // blocks_per_row)[:, None] * row_length + column
-        mask = (column < row_length) & (offset < numel)
-        return tl.ravel(offset), tl.ravel(mask), block < numel // row_length * blocks_per_row
-
-
-@triton.jit
-def _spread(scale, BLOCKS: tl.constexpr):
-    """(BLOCKS,) -> (BLOCKS * 256,): each block's number for each of its values."""
-    return tl.ravel(tl.broadcast_to(scale[:, None], [BLOCKS, _BLOCK]))
-
-
-@triton.jit
-def load_codes(codes_ptr, scale_ptr, first_block, offset, mask, block_mask, values, BLOCKS: tl.constexpr):
-    """The float32 values of an 8-bit state."""
-    block = first_block + tl.arange(0, BLOCKS)
-    scale = tl.load(scale_ptr + block, mask=block_mask, other=0.0)
-    return decode(tl.load(codes_ptr + offset, mask=mask, other=0), values) * _spread(scale, BLOCKS)
-
-
-@triton.jit
-def scaled_to_blocks(x, mask, BLOCKS: tl.constexpr):
-    """x divided by the amax of its block (a zero block stays zero), and the scales (BLOCKS,)."""
-    # Beyond the mask x is not zero: codes were loaded as 0 there, which stands for -1.
-    scale = block_scale(tl.reshape(tl.where(mask, x, 0.0), [BLOCKS, _BLOCK]), axis=1)
-    inverse = 1.0 / tl.where(scale == 0, float("inf"), scale)
-    return x * _spread(inverse, BLOCKS), scale
-
-
-@triton.jit
-def adam_update(p, g, m, v, lr, beta1, beta2, eps, weight_decay, bias1, sqrt_bias2, DECOUPLED: tl.constexpr):
-    """The formulas at the head of this file, on float32 values."""
+def adam_update(
+    p, g, m, v, lr, beta1, beta2, rest1, rest2, eps, weight_decay, bias1, sqrt_bias2, DECOUPLED: tl.constexpr
+):
+    """The formulas at the head of this file, on float32 values; rest is 1 - beta."""
     if DECOUPLED:
         p *= 1.0 - lr * weight_decay
     else:
         g += weight_decay * p
-    m = beta1 * m + (1.0 - beta1) * g
-    v = beta2 * v + (1.0 - beta2) * (g * g)
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * (g * g)
     # m / denominator: two multiplications by rsqrt take five instructions less than a division and are as exact.
     root = tl.rsqrt(tl.sqrt(v) * (1.0 / sqrt_bias2) + eps)
     p -= (lr / bias1) * (m * root * root)
@@ -241,6 +154,8 @@ def _adam_kernel(
     lr,
     beta1,
     beta2,
+    rest1,
+    rest2,
     eps,
     weight_decay,
     PARAM_TYPE: tl.constexpr,
@@ -267,32 +182,21 @@ def _adam_kernel(
     grad_ptr = pointer(table_ptr, tensor, GRAD, GRAD_TYPE, ALIGNED) + offset
     g = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32) * factor
 
-    if EIGHT_BIT:
-        codes1_ptr = pointer(table_ptr, tensor, STATE1, tl.uint8, ALIGNED)
-        codes2_ptr = pointer(table_ptr, tensor, STATE2, tl.uint8, ALIGNED)
-        scale1_ptr = pointer(table_ptr, tensor, SCALE1, tl.float32, False)
-        scale2_ptr = pointer(table_ptr, tensor, SCALE2, tl.float32, False)
-        values1, bounds1, slopes1, offsets1 = load_tables(constants_ptr, True)
-        values2, bounds2, slopes2, offsets2 = load_tables(constants_ptr, False)
-        m = load_codes(codes1_ptr, scale1_ptr, first_block, offset, mask, block_mask, values1, BLOCKS)
-        v = load_codes(codes2_ptr, scale2_ptr, first_block, offset, mask, block_mask, values2, BLOCKS)
-    else:
-        state1_ptr = pointer(table_ptr, tensor, STATE1, tl.float32, ALIGNED) + offset
-        state2_ptr = pointer(table_ptr, tensor, STATE2, tl.float32, ALIGNED) + offset
-        m = tl.load(state1_ptr, mask=mask, other=0.0)
-        v = tl.load(state2_ptr, mask=mask, other=0.0)
-
-    p, m, v = adam_update(p, g, m, v, lr, beta1, beta2, eps, weight_decay, bias1, sqrt_bias2, DECOUPLED)
+    m = load_moment_tile(
+        table_ptr, tensor, constants_ptr, first_block, offset, mask, block_mask,
+        STATE1, SCALE1, True, EIGHT_BIT, ALIGNED, BLOCKS,
+    )  # fmt: skip
+    v = load_moment_tile(
+        table_ptr, tensor, constants_ptr, first_block, offset, mask, block_mask,
+        STATE2, SCALE2, False, EIGHT_BIT, ALIGNED, BLOCKS,
+    )  # fmt: skip
+    p, m, v = adam_update(p, g, m, v, lr, beta1, beta2, rest1, rest2, eps, weight_decay, bias1, sqrt_bias2, DECOUPLED)
     tl.store(param_ptr, p.to(PARAM_TYPE), mask=mask)
-
-    if EIGHT_BIT:
-        block = first_block + tl.arange(0, BLOCKS)
-        m, scale1 = scaled_to_blocks(m, mask, BLOCKS)
-        tl.store(codes1_ptr + offset, encode_signed(m, bounds1, slopes1, offsets1), mask=mask)
-        tl.store(scale1_ptr + block, scale1, mask=block_mask)
-        v, scale2 = scaled_to_blocks(v, mask, BLOCKS)
-        tl.store(codes2_ptr + offset, encode_unsigned(v, bounds2, slopes2, offsets2), mask=mask)
-        tl.store(scale2_ptr + block, scale2, mask=block_mask)
-    else:
-        tl.store(state1_ptr, m, mask=mask)
-        tl.store(state2_ptr, v, mask=mask)
+    store_moment_tile(
+        m, table_ptr, tensor, constants_ptr, first_block, offset, mask, block_mask,
+        STATE1, SCALE1, True, EIGHT_BIT, ALIGNED, BLOCKS,
+    )  # fmt: skip
+    store_moment_tile(
+        v, table_ptr, tensor, constants_ptr, first_block, offset, mask, block_mask,
+        STATE2, SCALE2, False, EIGHT_BIT, ALIGNED, BLOCKS,
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from lq_kernels.multi_tensor import Batch, State
-from lq_kernels.optimizer_8bit import new_state
+from lq_kernels.optimizer_state import new_state
 from lq_kernels.percentile_clipping import CLIPPED, RECORDED, SKIPPED, new_history
 from torch import Tensor
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lq_kernels.blockwise import BLOCK_SIZE
-from lq_kernels.optimizer_8bit import CODE_NAMES
+from lq_kernels.optimizer_state import CODE_NAMES
 from torch import Tensor
 
 STATES = ("8bit", "32bit")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lq_kernels.multi_tensor import State
-from lq_kernels.optimizer_8bit import new_state, store_moment
+from lq_kernels.optimizer_state import new_state, store_moment
 from lq_kernels.percentile_clipping import new_history
 from torch import Tensor
 

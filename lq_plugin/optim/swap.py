@@ -65,7 +65,6 @@ def become(
     if scheduled is not None and not hasattr(scheduled, "_wrapped_by_lr_sched"):
         raise TypeError(f"this {before.__name__} has a step of its own, {scheduled!r}; it would be lost")
     dropped = tuple(name for name in DROPPED if any(group.get(name) for group in optimizer.param_groups))
-    optimizer.__dict__.pop("step", None)
     optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # torch's fused step unscales gradients itself
     for entries in (optimizer.defaults, *optimizer.param_groups):
         entries.update(dict.fromkeys(DROPPED))

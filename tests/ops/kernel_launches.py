@@ -23,7 +23,8 @@ from lq_kernels._op import OPS
 from lq_kernels.blockwise import dequantize_blockwise, quantize_blockwise
 from lq_kernels.codebooks import dynamic_map
 from lq_kernels.multi_tensor import Batch
-from lq_kernels.optimizer_8bit import Adam, launch_adam, new_state
+from lq_kernels.optimizer_8bit import Adam, launch_adam
+from lq_kernels.optimizer_state import new_state
 from lq_kernels.percentile_clipping import new_history
 from lq_kernels.rowwise import (
     quantize_columnwise_transposed,

@@ -60,13 +60,11 @@ def ties(rows: int, columns: int) -> Tensor:
 
 
 def rounded_twice(rows: int, columns: int) -> Tensor:
-    """bfloat16 rows in which some x * (127 / amax) is a half only after it was rounded to float32."""
-    values = torch.randn(rows * 512, 2).bfloat16().float()
-    factor = torch.full((len(values),), 127.0) / values.abs().amax(1)
-    exact = values[:, 0].double() * factor.double()
-    odd = ((values[:, 0] * factor).round() != exact.round()).nonzero()[:, 0]
-    pairs = values[odd[torch.arange(rows) % len(odd)]] if len(odd) else values[:rows]
-    return pairs.repeat(1, columns // 2).bfloat16()
+    """Rows in which some x * (127 / amax) is a half only because it was rounded to float32."""
+    amax = torch.rand(rows, 1) + 1
+    values = (torch.randint(-126, 126, (rows, columns)) + 0.5) / (torch.full_like(amax, 127.0) / amax)
+    values[:, :1] = amax
+    return values
 
 
 def not_finite(rows: int, columns: int) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from lq_kernels._triton import tl, triton
 from lq_kernels.blockwise import dequantize_blockwise, dequantize_rows, quantize_blockwise, quantize_rows
 from lq_kernels.codebooks import NearestTable, dynamic_map, zero_code
-from lq_kernels.dynamic_map import constants, encode_signed, encode_unsigned, load_tables
+from lq_kernels.dynamic_map import constants, encode_signed, encode_unsigned, load_lines
 from torch import Tensor
 
 SIGNED = dynamic_map("dynamic_symmetric")
@@ -98,7 +98,7 @@ def test_wrong_arguments_say_what_was_expected() -> None:
 @triton.jit
 def _encode_kernel(v_ptr, codes_ptr, constants_ptr, SIGNED: tl.constexpr, SIZE: tl.constexpr):
     offset = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    _, bounds, slopes, offsets = load_tables(constants_ptr, SIGNED)
+    bounds, slopes, offsets = load_lines(constants_ptr, SIGNED)
     v = tl.load(v_ptr + offset)
     if SIGNED:
         tl.store(codes_ptr + offset, encode_signed(v, bounds, slopes, offsets))

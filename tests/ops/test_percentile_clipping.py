@@ -6,7 +6,7 @@ import pytest
 import torch
 from lq_kernels import percentile_clipping
 from lq_kernels.multi_tensor import Batch, State
-from lq_kernels.optimizer_8bit import new_state
+from lq_kernels.optimizer_state import new_state
 from lq_kernels.percentile_clipping import (
     Preparation,
     launch_prepare,

@@ -1,5 +1,6 @@
 """int8 quantisation by row, column and matrix, against values worked out by hand and against its error bound."""
 
+import lq_kernels.rowwise as module
 import pytest
 import torch
 from lq_kernels.rowwise import (
@@ -10,7 +11,7 @@ from lq_kernels.rowwise import (
     quantize_tensorwise,
     quantize_tensorwise_transposed,
 )
-from op_samples import FLOATS, cut_out, heavy_tailed
+from op_samples import FLOATS, cut_out, heavy_tailed, to_device
 from torch import Tensor
 
 
@@ -90,6 +91,16 @@ def test_empty_matrices_give_empty_codes_and_zero_scales(shape: tuple[int, int])
         codes, scale = quantize(torch.empty(shape))
         assert codes.shape == codes_shape
         assert scale.tolist() == [[0.0]] * scales
+
+
+def test_programs_that_take_several_tiles_miss_none(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PARTIALS", 3)
+    monkeypatch.setattr(module, "_PARTIALS_OF_COLUMN", 2)
+    x = heavy_tailed(600, 200).flip(0)  # the zeros first
+    for op in (quantize_tensorwise, quantize_tensorwise_transposed, quantize_columnwise_transposed):
+        assert op.launcher is not None
+        codes, scale = op.launcher(to_device(cut_out(x), device))
+        exactly_equal((codes.cpu(), scale.cpu()), op.reference(x))
 
 
 @pytest.mark.gpu

@@ -68,10 +68,10 @@ def test_sums_are_exact_at_the_extremes(int_mm: bool, monkeypatch: pytest.Monkey
     if int_mm and not module._int_mm_is_exact():
         pytest.skip("torch._int_mm saturates on this CPU")
     monkeypatch.setattr(module, "_int_mm_is_exact", lambda: int_mm)
-    for value in (-128, 127):
-        a = torch.full((2, LARGEST_K), value, dtype=torch.int8)
-        b = torch.full((LARGEST_K, 3), -128, dtype=torch.int8)
-        assert module._exact_mm(a, b).unique().tolist() == [value * -128 * LARGEST_K]
+    for of_a, of_b in ((-128, -128), (127, -128), (127, 127)):
+        a = torch.full((2, LARGEST_K), of_a, dtype=torch.int8)
+        b = torch.full((LARGEST_K, 3), of_b, dtype=torch.int8)
+        assert module._exact_mm(a, b).unique().tolist() == [of_a * of_b * LARGEST_K]
     a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((7, 5000), (5000, 9)))
     assert torch.equal(module._exact_mm(a[:, ::2], b[::2]), (a[:, ::2].long() @ b[::2].long()).int())
     expanded = a[:1].expand(4, 5000)

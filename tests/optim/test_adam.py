@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lq_kernels.codebooks import dynamic_map
-from lq_kernels.optimizer_8bit import load_moment
+from lq_kernels.optimizer_state import load_moment
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -347,6 +347,7 @@ def test_copies_and_pickles_go_on_as_the_original() -> None:
     layer = torch.nn.Linear(64, 64)
     optimizer = AdamW8bit(layer.named_parameters(), percentile_clipping=5)
     optimizer.mark_embeddings([layer.bias])
+    optimizer.name_parameters({id(layer.bias): "told"})
     set_gradients(list(layer.parameters()))
     optimizer.step()
     for copied_layer, copied in (copy.deepcopy((layer, optimizer)), pickle.loads(pickle.dumps((layer, optimizer)))):
@@ -358,7 +359,31 @@ def test_copies_and_pickles_go_on_as_the_original() -> None:
             straight[1].step()
             copied.step()
         assert_equal(list(straight[0].parameters()), list(copied_layer.parameters()))
-        assert copied.parameter_name(copied_layer.bias) == "bias"
+        assert copied.parameter_name(copied_layer.weight) == "weight"
+        assert copied.parameter_name(copied_layer.bias) == "told"
+        assert copied._embeddings[0] is copied_layer.bias
+
+
+def batches(optimizer: AdamW8bit) -> list[Any]:
+    return [batch for group in optimizer._plan.groups for batch, _ in group.batches]
+
+
+def test_batches_are_made_once_and_again_when_parameters_come() -> None:
+    params = parameters()
+    optimizer = AdamW8bit(params)
+    set_gradients(params)
+    optimizer.step()
+    first = batches(optimizer)
+    set_gradients(params)
+    params[0].grad = None
+    optimizer.step()
+    assert all(a is b for a, b in zip(batches(optimizer), first, strict=True))
+    late = parameters(shapes=[(8, 8)])
+    optimizer.add_param_group({"params": late})
+    set_gradients(params, params)
+    set_gradients(late)
+    optimizer.step()
+    assert len(batches(optimizer)) == len(first) + 1
 
 
 def test_state_that_was_replaced_from_outside_is_used() -> None:
@@ -366,10 +391,13 @@ def test_state_that_was_replaced_from_outside_is_used() -> None:
     mine = parameters(shapes=[(64, 64)])
     other = copies(mine)
     optimizer, straight = AdamW8bit(mine), AdamW8bit(other)
+    before: list[Any] = []
     for _ in range(3):
         set_gradients(mine, other)
         optimizer.step()
         straight.step()
+        assert batches(optimizer)[0] not in before  # whose addresses are stale
+        before = batches(optimizer)
         for state in optimizer.state.values():
             for key in list(state):
                 old, state[key] = state[key], state[key].clone()
