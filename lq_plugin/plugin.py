@@ -15,12 +15,14 @@ from lq_plugin import record, rng
 from lq_plugin.conversion import Conversion, convert
 from lq_plugin.layers.linear import QuantConv1D, QuantLinear
 from lq_plugin.optim import Options
+from lq_plugin.optim.base import LowBitOptimizer
 from lq_plugin.optimizer_choice import OptimizerChoice
 from lq_plugin.policy import LinearSpec, Policy
 from lq_plugin.precision import AnyStrategyPrecision, default_precision, precision_named
 from lq_plugin.report import conversion_table
 
 _UNSUPPORTED_STRATEGIES = ("DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
+_STEPS_BETWEEN_WARNINGS = 100
 
 
 class QuantPlugin(AnyStrategyPrecision):
@@ -61,6 +63,8 @@ class QuantPlugin(AnyStrategyPrecision):
         self._gradient_clip_val: float | None = None
         self._fitting = False
         self._rng_at_first_step: dict[str, Any] | None = None
+        self._low_bit_optimizers: list[LowBitOptimizer] = []
+        self._steps = 0
         self._reported = False
 
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -80,6 +84,7 @@ class QuantPlugin(AnyStrategyPrecision):
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         assert self._conversion is not None, "Lightning calls convert_module before connect"
         swap = self._optimizer.swap(model, optimizers, self._conversion.embeddings, self._gradient_clip_val)
+        self._low_bit_optimizers = [o for o in optimizers if isinstance(o, LowBitOptimizer)]
         if not self._reported:
             table = conversion_table(self._conversion, swap.state_bytes if optimizers else None)
             _print("\n".join([f"precision: {self.precision}", *swap.lines, "", table]))
@@ -99,6 +104,22 @@ class QuantPlugin(AnyStrategyPrecision):
         # In the middle of an epoch the data loader starts anew and draws from the generators before the first step.
         if not checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]:
             self._rng_at_first_step = found["rng"]
+
+    def optimizer_step(self, optimizer: Any, model: LightningModule, closure: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        result = super().optimizer_step(optimizer, model, closure, **kwargs)
+        self._steps += 1
+        if self._steps % _STEPS_BETWEEN_WARNINGS == 0:
+            self._warn_of_skipped()
+        return result
+
+    def teardown(self) -> None:
+        self._warn_of_skipped()
+        super().teardown()
+
+    def _warn_of_skipped(self) -> None:
+        """Gradients that are not finite leave their tensors alone, but not without a word. Waits for the device."""
+        for optimizer in self._low_bit_optimizers:
+            optimizer.read_clip_statistics()
 
     @contextmanager
     def train_step_context(self) -> Iterator[None]:

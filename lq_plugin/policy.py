@@ -54,7 +54,7 @@ class Policy:
                 return None, f"skip={pattern!r}"
         for pattern, formats in self.rules:
             if matches(pattern, name):
-                return formats, "" if formats else f"{pattern!r} is none"
+                return formats, "" if formats else "linear=None" if pattern == ALL_LINEAR else f"{pattern!r} is none"
         return None, "matches no pattern"
 
     def names_in_full(self, name: str) -> bool:

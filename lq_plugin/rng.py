@@ -9,10 +9,10 @@ import torch
 
 def capture() -> dict[str, Any]:
     """Python's, NumPy's, torch's and, on a machine that has used them, every GPU's generator."""
-    _, key, position, has_gauss, cached = np.random.get_state()
+    _, key, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": [torch.from_numpy(key.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [torch.from_numpy(np.asarray(key).astype(np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }

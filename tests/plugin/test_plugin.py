@@ -264,3 +264,49 @@ def test_a_refused_fit_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pattern 'q_proj' matches no linear layer"):
         fit(QuantPlugin(skip="q_proj"), tmp_path, model)
     assert type(model.net[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("where", ["one tensor's gradient", "the loss"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_gradient_that_is_not_finite_is_skipped_with_a_warning(where: str, precision: str, tmp_path: Path) -> None:
+    class Poisoned(Regression):
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            loss = super().training_step(batch, index)
+            return loss * float("nan") if where == "the loss" and index == 2 else loss
+
+        def on_after_backward(self) -> None:
+            if where != "the loss" and self.trainer.global_step == 2:
+                self.net.get_parameter("0.weight").grad[3, 4] = float("inf")
+
+    model = Poisoned()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(QuantPlugin(precision=precision), tmp_path, model)
+    messages = [str(warning.message) for warning in caught]
+    assert sum("NaN or infinite were skipped" in text and "'net.0.weight' (1x)" in text for text in messages) == 1
+    assert all(p.isfinite().all() for p in model.parameters())
+    steps = {name: int(model.user_optimizer.state[p]["step"]) for name, p in model.named_parameters()}
+    assert steps["net.0.weight"] == STEPS - 1
+    assert steps["net.2.weight"] == (STEPS - 1 if where == "the loss" else STEPS)
+
+
+def test_without_clipping_nan_reaches_the_loss(tmp_path: Path) -> None:
+    class Poisoned(Regression):
+        def on_after_backward(self) -> None:
+            if self.trainer.global_step == 2:
+                self.net.get_parameter("0.weight").grad[3, 4] = float("nan")
+
+    losses = torch.tensor(fit(QuantPlugin(percentile_clipping=None), tmp_path, Poisoned()).losses)
+    assert losses[:3].isfinite().all()
+    assert losses[3:].isnan().all()
+
+
+def test_in_16_mixed_the_scaler_skips_the_whole_step(tmp_path: Path) -> None:
+    class Poisoned(Regression):
+        def on_after_backward(self) -> None:
+            if self.trainer.global_step == 2:
+                self.net.get_parameter("0.weight").grad[3, 4] = float("inf")
+
+    model = fit(QuantPlugin(precision="16-mixed"), tmp_path, Poisoned())
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert {int(state["step"]) for state in model.user_optimizer.state.values()} == {STEPS - 1}
