@@ -7,12 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lq_plugin.callbacks import MemoryMonitor, TokenThroughput
+    from lq_plugin.callbacks import ClipMonitor, GracefulStop, MemoryMonitor, TokenThroughput
     from lq_plugin.conversion import Conversion, convert
     from lq_plugin.plugin import QuantPlugin
 
 _HOMES = {
+    "ClipMonitor": "lq_plugin.callbacks",
     "Conversion": "lq_plugin.conversion",
+    "GracefulStop": "lq_plugin.callbacks",
     "MemoryMonitor": "lq_plugin.callbacks",
     "QuantPlugin": "lq_plugin.plugin",
     "TokenThroughput": "lq_plugin.callbacks",
@@ -21,7 +23,7 @@ _HOMES = {
 
 _SUBPACKAGES = ("callbacks", "formats", "layers", "optim")
 
-__all__ = ["Conversion", "MemoryMonitor", "QuantPlugin", "TokenThroughput", "convert"]
+__all__ = ["ClipMonitor", "Conversion", "GracefulStop", "MemoryMonitor", "QuantPlugin", "TokenThroughput", "convert"]
 __version__ = "0.1.0"
 
 
