@@ -83,10 +83,11 @@ class QuantPlugin(AnyStrategyPrecision):
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         assert self._conversion is not None, "Lightning calls convert_module before connect"
-        swap = self._optimizer.swap(model, optimizers, self._conversion.embeddings, self._gradient_clip_val)
-        self._low_bit_optimizers = [o for o in optimizers if isinstance(o, LowBitOptimizer)]
+        current = optimizers if self._fitting else []  # Lightning passes those of an earlier fit to validate and test
+        swap = self._optimizer.swap(model, current, self._conversion.embeddings, self._gradient_clip_val)
+        self._low_bit_optimizers = [o for o in current if isinstance(o, LowBitOptimizer)]
         if not self._reported:
-            table = conversion_table(self._conversion, swap.state_bytes if optimizers else None)
+            table = conversion_table(self._conversion, swap.state_bytes if current else None)
             _print("\n".join([f"precision: {self.precision}", *swap.lines, "", table]))
             self._reported = True
         return super().connect(model, optimizers, lr_schedulers)

@@ -4,8 +4,8 @@
     scale = amax / 127
     codes = round_half_to_even(x * (127 / amax))         (product and quotient rounded to float32)
 
-Source: LLM.int8(), section 2.1, https://arxiv.org/abs/2208.07339; the transposed forms: SwitchBack,
-https://arxiv.org/abs/2304.13013, appendix B. bitsandbytes returns amax where this returns amax / 127.
+Source: LLM.int8(), section 3.1, https://arxiv.org/abs/2208.07339; the transposed forms: SwitchBack, section 2,
+https://arxiv.org/abs/2304.13013. bitsandbytes returns amax where this returns amax / 127.
 
 Every op takes x (M, N) float32, bfloat16 or float16 with any strides and any size, 0 included. What shares a scale is
   * all zeros, or with an amax below SMALLEST_AMAX: codes 0, scale 0;

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import triton
-from lq_kernels._op import OPS
 from lq_kernels.blockwise import dequantize_blockwise, quantize_blockwise
 from lq_kernels.codebooks import dynamic_map
 from lq_kernels.multi_tensor import Batch
@@ -87,7 +86,6 @@ LAUNCHES: dict[str, Callable[[], object]] = {
 
 
 def _launch(op: Any, *args: Any) -> None:
-    assert op.name in OPS
     op.launcher(*args)
 
 
@@ -147,17 +145,21 @@ def compile_all(gpu: Gpu) -> list[dict[str, Any]]:
 
 
 def facts(kernel: Any, gpu: Gpu) -> dict[str, Any]:
-    """Shared memory; on NVIDIA registers, bytes of stack (spilled registers) and instructions of the machine code."""
+    """Shared memory, and whether products and sums may fuse.
+
+    On NVIDIA also registers, bytes of stack (spilled registers) and instructions of the machine code.
+    """
     shared = kernel.metadata.shared
     if shared > gpu.shared_memory:
         raise RuntimeError(f"{kernel.metadata.name} needs {shared} bytes of shared memory, of {gpu.shared_memory}")
     if gpu.target.backend != "cuda":
-        return {"shared": shared}
+        return {"shared": shared, "fused": kernel.metadata.enable_fp_fusion}
     usage, sass = disassemble(kernel.asm["cubin"])
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", sass, re.MULTILINE)
     return {
         "shared": shared,
+        "fused": kernel.metadata.enable_fp_fusion,
         "registers": registers,
         "stack": stack,
         "instructions": len(opcodes),

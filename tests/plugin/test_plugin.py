@@ -310,3 +310,9 @@ def test_in_16_mixed_the_scaler_skips_the_whole_step(tmp_path: Path) -> None:
     model = fit(QuantPlugin(precision="16-mixed"), tmp_path, Poisoned())
     assert all(p.isfinite().all() for p in model.parameters())
     assert {int(state["step"]) for state in model.user_optimizer.state.values()} == {STEPS - 1}
+
+
+def test_one_trainer_validates_another_model_than_it_fitted(tmp_path: Path) -> None:
+    runner = trainer(QuantPlugin(), tmp_path)
+    runner.fit(Validated(), loader(), loader())
+    runner.validate(Validated(), loader(), verbose=False)
