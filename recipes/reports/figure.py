@@ -108,6 +108,6 @@ def _draw_memory(axes: Axes, series: dict[str, Series]) -> None:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Mean over SMOOTHED_OVER values around each; over fewer, still around it, near both ends."""
-    reaches = (min(SMOOTHED_OVER // 2, i, len(values) - 1 - i) for i in range(len(values)))
+    """Mean over SMOOTHED_OVER values around each; over fewer at both ends, and around the value also at the first."""
+    reaches = [min(SMOOTHED_OVER // 2, i) for i in range(len(values))]
     return [fmean(values[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]

@@ -128,11 +128,11 @@ def test_without_wandb_the_csv_logger_runs_and_the_other_says_what_to_do(tmp_pat
     short = ["trainer.max_steps=2", "trainer.accelerator=cpu", f"data.roots=[{sources}]", "callbacks.sample.length=2"]
 
     def run(logger: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", blocked, f"logger={logger}", "hydra.run.dir=run", *tiny, *short]
+        command = [sys.executable, "-c", blocked, f"logger={logger}", f"hydra.run.dir={logger}", *tiny, *short]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert run("csv").returncode == 0
-    assert (tmp_path / "run" / "metrics" / "metrics.csv").exists()
+    assert (tmp_path / "csv" / "metrics" / "metrics.csv").exists()
     assert "pip install wandb, or pass logger=csv" in run("wandb").stderr
 
 
