@@ -18,7 +18,7 @@ REHEARSAL = """
 set -eu
 make() { command make --dry-run "$@"; }
 pip() { command python -m pip --quiet install --dry-run --no-deps --no-build-isolation . ; }
-python() { case "$*" in *recipes.*) command python "$@" +trainer.fast_dev_run=true ;; *) command python "$@" ;; esac; }
+python() { case "$*" in *recipes.*) command python "$@" trainer.fast_dev_run=true ;; *) command python "$@" ;; esac; }
 """
 
 
