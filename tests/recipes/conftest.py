@@ -1,5 +1,6 @@
 """`train(...)` runs the recipe in this process, on a tiny model and a few files."""
 
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ def sources(tmp_path: Path) -> Path:
 def train(tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """train(override, ...) -> Run; each run has its own output folder below tmp_path/outputs."""
     monkeypatch.chdir(tmp_path)
+    # As in a process of its own; imported where logging is set up already, Lightning hands its messages on to Hydra.
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", False)
     runs = iter(range(100))
 
     def run(*overrides: str, tiny: bool = True) -> Run:
