@@ -186,10 +186,11 @@ class Tile:
         return -(-M // self.m) * -(-N // self.n)
 
 
+# On an H200 the first is 5 to 16 % faster than 128 x 256 with 8 warps and 3 stages, at K from 768 to 8192: two programs
+# share a multiprocessor, and one multiplies while the other loads or writes its result.
 _TILES = (
-    Tile(128, 256, 128, warps=8, stages=3),
-    Tile(128, 128, 128, warps=8, stages=3),
-    Tile(128, 128, 64, warps=8, stages=3),
+    Tile(128, 128, 128, warps=4, stages=3),
+    Tile(128, 128, 64, warps=4, stages=3),
     Tile(64, 128, 64, warps=4, stages=4),
     Tile(32, 64, 64, warps=4, stages=4),
 )
