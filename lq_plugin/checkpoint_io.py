@@ -7,6 +7,8 @@ never a silently different model.
 
 import os
 import pickle
+import re
+import socket
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 
 _PARTIAL = ".partial"
+_HOST = socket.gethostname().replace(".", "_")  # dots separate the parts of a partial file's name
+_WRITING: set[Path] = set()  # partial files of this process that are being written
 
 # What Python's and PyTorch's zip readers raise, by the field that is damaged.
 _DAMAGE = (zipfile.BadZipFile, UnicodeDecodeError, EOFError, RuntimeError, OSError)
@@ -78,9 +82,15 @@ def check(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when the block ends well, and leaves no trace when it does not."""
+    """A file to write that takes the place of `path` when the block ends well, and leaves no trace when it does not.
+
+    It is called .<name>.<host>-<pid>.partial meanwhile. What processes of this host left that were killed while they
+    wrote into the folder is removed first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
+    _remove_abandoned(path.parent)
+    partial = path.absolute().with_name(f".{path.name}.{_HOST}-{os.getpid()}{_PARTIAL}")
+    _WRITING.add(partial)
     try:
         with open(partial, "wb") as file:
             measured = _Measured(file)
@@ -90,6 +100,35 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+        _WRITING.discard(partial)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Partial files of other hosts stay: whether their processes live cannot be known from here."""
+    ours = re.compile(rf"\..*\.{re.escape(_HOST)}-(\d+){re.escape(_PARTIAL)}")
+    for path in folder.absolute().glob(f".*{_PARTIAL}"):
+        match = ours.fullmatch(path.name)
+        if match and not _being_written(path, int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _being_written(partial: Path, pid: int) -> bool:
+    if pid == os.getpid():  # in a container that was started again, perhaps also the pid of the one that was killed
+        return partial in _WRITING
+    return _lives(pid)
+
+
+def _lives(pid: int) -> bool:
+    """Windows cannot ask without sending: there every process counts as living, and partial files stay."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; no pid of this system
+        return True
+    return True
 
 
 class _Measured:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lq_plugin.checkpoint_io import AtomicCheckpointIO, DamagedCheckpointError
+from lq_plugin.checkpoint_io import AtomicCheckpointIO, DamagedCheckpointError, replacing
 
 CHECKPOINT: dict[str, Any] = {
     "weight": torch.arange(10_000.0),
@@ -102,6 +103,109 @@ def test_an_error_while_saving_leaves_no_trace(io: AtomicCheckpointIO, tmp_path:
         io.save_checkpoint({"weight": torch.ones(3), "function": lambda: None}, tmp_path / "last.ckpt")
     assert os.listdir(tmp_path) == ["last.ckpt"]
     assert io.load_checkpoint(tmp_path / "last.ckpt")["step"] == 3
+
+
+WRITES = """
+import sys, time
+from pathlib import Path
+from lq_plugin.checkpoint_io import replacing
+with replacing(Path(sys.argv[1])) as file:
+    file.write(b"half a checkpoint")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+def writing(path: Path) -> subprocess.Popen[str]:
+    """A process in the middle of writing `path`."""
+    process = subprocess.Popen([sys.executable, "-c", WRITES, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    return process
+
+
+@pytest.mark.integration
+def test_what_killed_processes_left_is_removed_and_what_living_ones_write_stays(
+    io: AtomicCheckpointIO, tmp_path: Path
+) -> None:
+    killed, living = writing(tmp_path / "last.ckpt"), writing(tmp_path / "step.ckpt")
+    killed.kill()
+    killed.communicate()
+    host = socket.gethostname().replace(".", "_")
+    left = tmp_path / f".last.ckpt.{host}-{killed.pid}.partial"
+    kept = {f".step.ckpt.{host}-{living.pid}.partial", f".a.ckpt.other{host}-{killed.pid}.partial", ".mine.partial"}
+    of_this_pid = tmp_path / f".step.ckpt.{host}-{os.getpid()}.partial"  # of a container's previous life
+    for path in (*(tmp_path / name for name in kept), of_this_pid):
+        path.touch()
+    assert left.exists()
+    try:
+        io.save_checkpoint(CHECKPOINT, tmp_path / "new.ckpt")
+        assert set(os.listdir(tmp_path)) == {"new.ckpt", *kept}
+    finally:
+        living.kill()
+        living.communicate()
+
+
+def test_two_checkpoints_can_be_written_at_once(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a.ckpt") as a, replacing(tmp_path / "b.ckpt") as b:
+        a.write(b"a")
+        b.write(b"b")
+    assert sorted(os.listdir(tmp_path)) == ["a.ckpt", "b.ckpt"]
+
+
+TRAINING = """
+import resource, sys
+from pathlib import Path
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lq_plugin.checkpoint_io import AtomicCheckpointIO
+
+folder, fault = Path(sys.argv[1]), sys.argv[2]
+
+class Growing(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(8, 8)
+    def training_step(self, batch, index):
+        if self.global_step == 2 and fault == "no folder":
+            folder.rename(folder.with_name("moved"))
+            folder.touch()
+        return self.net(batch).square().mean()
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["history"] = torch.zeros(100_000 * self.global_step)
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.ones(20, 8), batch_size=2)
+
+if fault == "full disk":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+Trainer(
+    accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+    plugins=[AtomicCheckpointIO()],
+    callbacks=[ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_last=True)],
+).fit(Growing())
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("fault", "left"), [("full disk", "checkpoints"), ("no folder", "moved")])
+def test_a_training_run_ends_with_the_file_that_failed_and_its_earlier_checkpoints(
+    fault: str, left: str, io: AtomicCheckpointIO, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    command = [sys.executable, "-W", "ignore", "-c", TRAINING, str(folder), fault]
+    done = subprocess.run(command, capture_output=True, text=True)
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+    assert str(folder) in error
+    if fault == "full disk":
+        needed = int(error.split("needs ")[1].split(" bytes")[0].replace(",", ""))
+        assert 4 * 300_000 < needed < 4 * 300_000 + 20_000
+        assert error.endswith(f"'{folder / 'step=3.ckpt'}'")
+    assert set(os.listdir(tmp_path / left)) == {"step=1.ckpt", "step=2.ckpt", "last.ckpt"}
+    for name, step in (("step=1.ckpt", 1), ("step=2.ckpt", 2), ("last.ckpt", 2)):
+        assert io.load_checkpoint(tmp_path / left / name)["global_step"] == step
 
 
 class _Runs:
