@@ -27,15 +27,17 @@ class GracefulStop(Callback):
     def __init__(self, signals: Iterable[str] = SIGNALS) -> None:
         self.signals = [signal.Signals[name] for name in signals if hasattr(signal, name)]
         self._received: signal.Signals | None = None
+        self._leaving: signal.Signals | None = None  # once the checkpoint is written
         self._before: dict[signal.Signals, Any] = {}
         self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._received = None
+        self._received = self._leaving = None
         if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
             self._before = {number: signal.signal(number, self._receive) for number in self.signals}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._leave_if_saved()
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -47,16 +49,25 @@ class GracefulStop(Callback):
         path = _last_checkpoint(trainer)
         trainer.save_checkpoint(path)
         _say(f"{received.name}: saved step {trainer.global_step} to {path}; go on with ckpt_path={str(path)!r}")
-        requeue = self._before.get(received)
-        if received.name.startswith("SIGUSR") and callable(requeue):
-            requeue(received, None)
-        raise SystemExit(128 + received)
+        self._leaving = received  # not here: Lightning logs this step after the callbacks
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_if_saved()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_if_saved()
         self._restore_handlers()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
+
+    def _leave_if_saved(self) -> None:
+        if self._leaving is None:
+            return
+        requeue = self._before.get(self._leaving)
+        if self._leaving.name.startswith("SIGUSR") and callable(requeue):
+            requeue(self._leaving, None)
+        raise SystemExit(128 + self._leaving)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:
