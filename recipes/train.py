@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from lq_plugin.checkpoint_io import AtomicCheckpointIO
 from lq_plugin.recipes.launch.console import quieten
 from lq_plugin.recipes.launch.processes import prepare_multirun_job
+from lq_plugin.recipes.launch.resume import checkpoint_to_resume
 from lq_plugin.recipes.launch.settings import check_settings, hints_on_exit
 from lq_plugin.recipes.reports.summary import summary_of
 
@@ -24,6 +25,7 @@ def train(config: DictConfig) -> float | None:
     quieten()
     prepare_multirun_job()
     check_settings(config)
+    resume = checkpoint_to_resume(config)
     seed_everything(config.seed, workers=True, verbose=False)
     data = build(config.data)
     model = build(config.model, optimizer=build(config.optim))
@@ -36,7 +38,7 @@ def train(config: DictConfig) -> float | None:
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     with summary_of(trainer):
-        trainer.fit(model, data, ckpt_path=config.resume)
+        trainer.fit(model, data, ckpt_path=resume)
     bits = trainer.callback_metrics.get("val/bits_per_byte")
     return None if bits is None else float(bits)
 

@@ -9,7 +9,18 @@ from lq_plugin.recipes.reports.rehearsal import is_rehearsal
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint(save_last=True) that writes last.ckpt also when training ends between two checkpoints."""
+    """ModelCheckpoint(save_last=True) that writes last.ckpt also when training ends between two checkpoints.
+
+    A step is logged before its checkpoint is written: Lightning does it after, and a run that was killed in between
+    would go on without the metrics of that step.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
+            trainer._logger_connector.update_train_step_metrics()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_rehearsal(trainer):  # in which ModelCheckpoint saves nothing but here
