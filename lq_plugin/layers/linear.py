@@ -20,7 +20,7 @@ _INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Linear(torch.autograd.Function):
-    """x (T, I), weight (O, I), bias (O,) or None -> (T, O) in the dtype of x."""
+    """x (T, I), weight (O, I), bias (O,) or None -> (T, O) in the dtype of x, to be differentiated once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, formats: GemmFormats) -> Tensor:
@@ -35,6 +35,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{ctx.formats.name} has no gradient of its gradient, and create_graph=True asks for one: leave the "
+                "layers that a gradient penalty goes through in 16 bits (skip=)"
+            )
         weight, *saved = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:

@@ -206,3 +206,11 @@ def test_a_nan_in_one_token_reaches_the_output_of_that_token_alone() -> None:
     output = SwitchBackLinear(24, 40)(x)
     assert output[2].isnan().all()
     assert output[[0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gradient_penalty_is_refused_instead_of_being_dropped(name: str) -> None:
+    x = torch.randn(5, 24, requires_grad=True)
+    loss = quantized_linear(name, 24, 40)(x).sum()
+    with pytest.raises(RuntimeError, match=f"{name} has no gradient of its gradient, and create_graph=True asks for"):
+        torch.autograd.grad(loss, x, create_graph=True)
