@@ -12,12 +12,14 @@ from torch import nn
 
 from lq_plugin.formats.gemm import GemmFormats
 from lq_plugin.layers.linear import QuantConv1D, QuantLinear
-from lq_plugin.policy import LinearSpec, Policy
+from lq_plugin.policy import NO_PATTERN, LinearSpec, Policy
 from lq_plugin.structure import (
     disable_fast_paths,
     embedding_parameters,
     impossible,
     is_conv1d,
+    is_embedding,
+    is_lazy,
     is_linear,
     named_modules,
     unwanted,
@@ -90,34 +92,63 @@ def convert(
 
     linear: a format name or object, or {name pattern: format}, where the first match wins; None converts nothing.
     skip: patterns of layers to leave alone, on top of those that always are: tied weights, the output embedding,
-    routers and the projections inside MultiheadAttention. partial: accept that less than half of the weights convert.
+    routers and the projections inside MultiheadAttention. A layer that an earlier call converted goes back to 16 bits
+    where it is skipped or its format is None. partial: accept that less than half of the weights convert.
 
     Nothing is changed when it raises. ValueError: an unknown format; a pattern that matches no layer; nothing to
     convert; less than half of the weights outside the embeddings converted.
     """
     if lora is not None:
         raise ValueError("lora needs a frozen base format, which this version does not have; leave lora=None")
+    for name, module in named_modules(model):
+        if is_lazy(module):
+            raise ValueError(f"layer {name!r} has no shape yet: run one batch through the model before converting it")
     policy = Policy.of(linear, skip)
     policy.check_patterns(name for name, module in named_modules(model) if is_linear(module))
-    layers = list(_plan(model, policy))
-    seen = {id(p) for layer in layers for p in layer.parameters}
-    rest = [p for p in model.parameters() if id(p) not in seen]
-    conversion = Conversion(layers, rest, embedding_parameters(model))
+    conversion = _conversion(model, policy)
     if policy.converts:
         _check_share(conversion, partial)
-    for layer in conversion.converted:
-        if not isinstance(layer.module, QuantLinear):
-            layer.module.__class__ = QuantConv1D if is_conv1d(layer.module) else QuantLinear
-        layer.module.formats = layer.formats  # type: ignore[assignment]
+    for layer in conversion.layers:
+        _give(layer.module, layer.formats)
     if conversion.converted:
         disable_fast_paths(model)
     return conversion
 
 
+def report_of(model: nn.Module) -> Conversion:
+    """What became of a model's layers earlier; nothing is changed."""
+    return _conversion(model, Policy.of({}, ()))
+
+
+def _conversion(model: nn.Module, policy: Policy) -> Conversion:
+    """What the policy would make of the model."""
+    layers = list(_plan(model, policy))
+    seen = {id(p) for layer in layers for p in layer.parameters}
+    rest = [p for p in model.parameters() if id(p) not in seen]
+    return Conversion(layers, rest, embedding_parameters(model))
+
+
+def _give(module: nn.Module, formats: GemmFormats | None) -> None:
+    """Changes the class of a layer to one with a format, or back to the one that it had."""
+    if formats is not None:
+        if not isinstance(module, QuantLinear | QuantConv1D):
+            module.converted_from = type(module)  # type: ignore[assignment]
+            module.__class__ = QuantConv1D if is_conv1d(module) else QuantLinear
+        module.formats = formats  # type: ignore[assignment]
+    elif "converted_from" in module.__dict__:
+        module.__class__ = module.__dict__.pop("converted_from")
+        del module.formats
+
+
+def _goes_back(module: nn.Module, reason: str) -> bool:
+    """Whether a layer that convert() changed is to be left alone now; one that its user built stays what it is."""
+    return "converted_from" in module.__dict__ and reason != NO_PATTERN
+
+
 def _plan(model: nn.Module, policy: Policy) -> Iterator[Layer]:
     cannot, should_not = impossible(model), unwanted(model)
     for name, module in named_modules(model):
-        if isinstance(module, nn.Embedding):
+        if is_embedding(module):
             yield Layer(name, module, None, "embedding")
         if not is_linear(module):
             continue
@@ -126,7 +157,7 @@ def _plan(model: nn.Module, policy: Policy) -> Iterator[Layer]:
             formats, reason = None, cannot[id(module)]
         elif id(module) in should_not and not policy.names_in_full(name):
             formats, reason = None, should_not[id(module)]
-        elif formats is None and isinstance(module, QuantLinear | QuantConv1D):
+        elif formats is None and isinstance(module, QuantLinear | QuantConv1D) and not _goes_back(module, reason):
             formats, reason = module.formats, ""
         yield Layer(name, module, formats, reason)
 

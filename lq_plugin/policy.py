@@ -14,6 +14,7 @@ from lq_plugin.formats.gemm import GemmFormats
 LinearSpec = str | GemmFormats | Mapping[str, "str | GemmFormats | None"] | None
 
 ALL_LINEAR = "all-linear"
+NO_PATTERN = "matches no pattern"
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -55,7 +56,7 @@ class Policy:
         for pattern, formats in self.rules:
             if matches(pattern, name):
                 return formats, "" if formats else "linear=None" if pattern == ALL_LINEAR else f"{pattern!r} is none"
-        return None, "matches no pattern"
+        return None, NO_PATTERN
 
     def names_in_full(self, name: str) -> bool:
         """Whether a rule is this very name, which overrides what is otherwise always left alone."""

@@ -18,6 +18,14 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+def is_lazy(module: nn.Module) -> bool:
+    return any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False))
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D: a linear layer with its weight (in, out)."""
     weight = getattr(module, "weight", None)
@@ -26,7 +34,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def embedding_parameters(model: nn.Module) -> set[int]:
     """ids of the weights of the input and output embeddings."""
-    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)] + output_embeddings(model)
+    modules = [m for m in model.modules() if is_embedding(m)] + output_embeddings(model)
     return {id(m.weight) for m in modules if isinstance(getattr(m, "weight", None), nn.Parameter)}
 
 
@@ -63,8 +71,9 @@ def unwanted(model: nn.Module) -> dict[int, str]:
 
 def _routers(parent: nn.Module) -> Iterator[nn.Module]:
     """Linear layers with one output for each of the experts beside them."""
-    experts = {len(child) for child in parent.children() if isinstance(child, nn.ModuleList)}
-    experts |= {p.shape[0] for child in parent.children() for p in child.parameters(recurse=False) if p.dim() == 3}
+    beside = [child for name, child in parent.named_children() if "expert" in name]
+    experts = {len(child) for child in beside if isinstance(child, nn.ModuleList)}
+    experts |= {p.shape[0] for child in beside for p in child.parameters(recurse=False) if p.dim() == 3}
     for child in parent.children():
         if isinstance(child, nn.Linear) and child.out_features in experts:
             yield child

@@ -186,7 +186,7 @@ def test_compiled_submodules_keep_the_names_the_user_knows() -> None:
 def test_converting_again_changes_nothing_but_what_is_asked() -> None:
     model = Language()
     lq_plugin.convert(model)
-    assert converted(lq_plugin.convert(model)) == converted(lq_plugin.convert(model, None))
+    assert converted(lq_plugin.convert(model)) == converted(lq_plugin.convert(model))
     again = lq_plugin.convert(model, "int8_switchback_vectorwise")
     assert set(converted(again).values()) == {"int8_switchback_vectorwise"}
 
@@ -254,3 +254,34 @@ def test_a_plain_loop_trains_with_converted_layers_and_an_8bit_optimizer() -> No
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_converted_layer_goes_back_where_it_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Conv1D(8, 8), nn.Linear(8, 8))
+    before = state(model)
+    lq_plugin.convert(model)
+    assert list(converted(lq_plugin.convert(model, skip="0"))) == ["1", "2"]
+    assert type(model[0]) is nn.Linear
+    assert converted(lq_plugin.convert(model, None)) == {}
+    assert state(model) == before
+
+
+def test_a_list_of_layers_that_are_no_experts_makes_no_router() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.head = nn.ModuleList(Block() for _ in range(4)), nn.Linear(16, 4)
+
+    assert "head" in converted(lq_plugin.convert(Net()))
+
+
+def test_an_embedding_bag_is_an_embedding() -> None:
+    conversion = lq_plugin.convert(nn.Sequential(nn.EmbeddingBag(1000, 64), nn.Linear(64, 64)))
+    assert conversion.share == 1.0
+    assert left_alone(conversion) == {"0": "embedding"}
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_a_lazy_layer_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"layer '1' has no shape yet: run one batch"):
+        lq_plugin.convert(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)))
