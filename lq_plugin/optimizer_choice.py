@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lq_plugin.optim import TWINS, Options, Swap, become, state_bytes
-from lq_plugin.optim.base import LowBitOptimizer
+from lq_plugin.optim.base import PARAMETER_DTYPES, LowBitOptimizer
 from lq_plugin.optim.options import STATES
 
 DEFAULT_PERCENTILE = 5
@@ -30,82 +30,102 @@ class OptimizerChoice:
 
     @classmethod
     def of(cls, optimizer: str | Options | None, percentile_clipping: int | str | None) -> "OptimizerChoice":
-        clipping_is_auto = percentile_clipping == "auto"
-        if isinstance(percentile_clipping, str) and not clipping_is_auto:
+        is_auto = percentile_clipping == "auto"
+        if isinstance(percentile_clipping, str) and not is_auto:
             raise ValueError(
                 f"percentile_clipping={percentile_clipping!r}: expected a percentile from 1 to 99, 'auto' or None"
             )
         if optimizer is None:
-            if not clipping_is_auto and percentile_clipping is not None:
+            if not is_auto and percentile_clipping is not None:
                 raise ValueError(
                     f"percentile_clipping={percentile_clipping} is done by the optimizer, and optimizer=None leaves it "
                     "alone; pass optimizer='auto', or percentile_clipping=None"
                 )
             return cls(None, False, False)
-        if isinstance(optimizer, str):
-            if optimizer not in ("auto", *STATES):
-                raise ValueError(
-                    f"optimizer={optimizer!r} is not known; expected 'auto', {', '.join(map(repr, STATES))}, "
-                    "lq_plugin.optim.Options(...) or None"
-                )
-            options = Options(state="8bit" if optimizer == "auto" else optimizer)
-        elif isinstance(optimizer, Options):
-            options = optimizer
-            clipping_is_auto = clipping_is_auto and options.percentile_clipping is None
-        else:
-            raise TypeError(f"optimizer takes 'auto', 'state', lq_plugin.optim.Options or None, got {optimizer!r}")
-        if isinstance(percentile_clipping, int):
-            options = replace(options, percentile_clipping=percentile_clipping)
-        return cls(options, optimizer != "auto", clipping_is_auto)
+        options = _options(optimizer)
+        if not is_auto:
+            options = replace(options, percentile_clipping=percentile_clipping)  # type: ignore[arg-type]
+        return cls(options, optimizer != "auto", is_auto and options.percentile_clipping is None)
 
     def swap(
         self, model: nn.Module, optimizers: list[Optimizer], embeddings: set[int], gradient_clip_val: float | None
     ) -> OptimizerReport:
         """Swaps in place, so that schedulers and the user's references stay valid; done again, it changes nothing."""
+        if self.options is None:
+            lines = [f"optimizer: {type(o).__name__}, left alone (optimizer=None)" for o in optimizers]
+            return OptimizerReport({}, lines)
         _check_parameters(model, optimizers)
-        names = {id(p): name for name, p in model.named_parameters()}
+        names = {id(p): name.removeprefix("module.") for name, p in model.named_parameters()}  # DDP's level
         report = OptimizerReport({}, [])
         for optimizer in optimizers:
-            self._swap_one(optimizer, names, embeddings, gradient_clip_val, report)
+            reason = self._reason_to_leave_alone(optimizer)
+            if reason is not None:
+                self._refuse_if_asked_for(optimizer, reason)
+                report.lines.append(f"optimizer: {type(optimizer).__name__}, left alone: {reason}")
+                continue
+            options, clipping = self._with_clipping(self.options, gradient_clip_val)
+            swap = become(optimizer, options, names, embeddings)
+            report.lines.append(_told(swap, options, clipping))
+            report.state_bytes.update(_state_bytes(optimizer))
         return report
 
-    def _swap_one(
-        self,
-        optimizer: Optimizer,
-        names: dict[int, str],
-        embeddings: set[int],
-        gradient_clip_val: float | None,
-        report: OptimizerReport,
-    ) -> None:
-        before = type(optimizer).__name__
-        if self.options is None:
-            report.lines.append(f"optimizer: {before}, left alone (optimizer=None)")
-            return
-        if type(optimizer) not in TWINS and not isinstance(optimizer, LowBitOptimizer):
-            known = ", ".join(twin.__name__ for twin in TWINS.values())
-            if self.strict:
-                raise ValueError(
-                    f"optimizer {before} has no twin with {self.options.state} state; those that have: {known}"
-                )
-            report.lines.append(f"optimizer: {before}, left alone: no 8-bit twin (those that have: {known})")
-            return
-        options, clipping = self._with_clipping(gradient_clip_val)
-        swap = become(optimizer, options, names, embeddings)
-        report.lines.append(_told(swap, options, clipping))
+    def _reason_to_leave_alone(self, optimizer: Optimizer) -> str | None:
+        if isinstance(optimizer, LowBitOptimizer):
+            return None
+        if type(optimizer) not in TWINS:
+            return f"no 8-bit twin (those that have: {', '.join(twin.__name__ for twin in TWINS.values())})"
         for group in optimizer.param_groups:
+            for option in ("amsgrad", "differentiable"):
+                if group.get(option):
+                    return f"its twin has no {option}"
             for p in group["params"]:
-                report.state_bytes[id(p)] = state_bytes(p, options, id(p) in embeddings)
+                if p.dtype not in PARAMETER_DTYPES:
+                    return f"it holds {p.dtype} parameters, its twin takes float32, bfloat16 and float16"
+        return None
 
-    def _with_clipping(self, gradient_clip_val: float | None) -> tuple[Options, str]:
+    def _refuse_if_asked_for(self, optimizer: Optimizer, reason: str) -> None:
         assert self.options is not None
+        name = type(optimizer).__name__
+        if self.strict:
+            raise ValueError(f"{name} cannot have {self.options.state} state: {reason}; pass optimizer='auto'")
+        if not self.clipping_is_auto and self.options.percentile_clipping not in (None, 100):
+            raise ValueError(
+                f"percentile_clipping={self.options.percentile_clipping} was asked for, and {name} is left alone: "
+                f"{reason}; pass percentile_clipping='auto' or None"
+            )
+
+    def _with_clipping(self, options: Options, gradient_clip_val: float | None) -> tuple[Options, str]:
         if not self.clipping_is_auto:
-            percentile = self.options.percentile_clipping
-            return self.options, f"percentile clipping {percentile}" if percentile else "no percentile clipping"
+            percentile = options.percentile_clipping
+            return options, f"percentile clipping {percentile}" if percentile not in (None, 100) else "no clipping"
         if gradient_clip_val:
-            return self.options, f"percentile clipping off: the Trainer clips at gradient_clip_val={gradient_clip_val}"
-        return replace(
-            self.options, percentile_clipping=DEFAULT_PERCENTILE
-        ), f"percentile clipping {DEFAULT_PERCENTILE} (auto)"
+            return options, f"percentile clipping off: the Trainer clips at gradient_clip_val={gradient_clip_val}"
+        clipped = replace(options, percentile_clipping=DEFAULT_PERCENTILE)
+        return clipped, f"percentile clipping {DEFAULT_PERCENTILE} (auto)"
+
+
+def _options(optimizer: str | Options) -> Options:
+    states = ", ".join(map(repr, STATES))
+    if isinstance(optimizer, Options):
+        return optimizer
+    if not isinstance(optimizer, str):
+        raise TypeError(f"optimizer takes 'auto', {states}, lq_plugin.optim.Options or None, got {optimizer!r}")
+    if optimizer not in ("auto", *STATES):
+        raise ValueError(
+            f"optimizer={optimizer!r} is not known; expected 'auto', {states}, lq_plugin.optim.Options(...) or None"
+        )
+    return Options(state="8bit" if optimizer == "auto" else optimizer)
+
+
+def _state_bytes(optimizer: Optimizer) -> dict[int, tuple[int, int]]:
+    """By id of the parameter, as the optimizer itself decides."""
+    assert isinstance(optimizer, LowBitOptimizer)
+    sizes = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            options = Options("8bit" if optimizer.keeps_8bit_state(group, p) else "32bit", min_8bit_size=0)
+            sizes[id(p)] = state_bytes(p, options, embedding=False)
+    return sizes
 
 
 def _told(swap: Swap, options: Options, clipping: str) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from lq_plugin.optim.options import FORMAT, Options, check_state, checked_percentile, keeps_8bit_state, refuse
 from lq_plugin.optim.state_dict import loaded
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Components of a dotted name that stand for an embedding: embed_tokens, word_embeddings, token_emb; GPT-2's wte, wpe.
 _EMBEDDING_NAME = re.compile(r"(^|_)emb|embed|^wte$|^wpe$")
@@ -186,7 +186,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} takes whole tensors; {self.describe(param)} is sharded, a "
                 f"{type(tensor).__name__}. Nothing was updated; give sharded parameters an optimizer of torch's."
             )
-        if tensor.layout is not torch.strided or tensor.dtype not in _FLOATS:
+        if tensor.layout is not torch.strided or tensor.dtype not in PARAMETER_DTYPES:
             kind = tensor.dtype if tensor.layout is torch.strided else f"{tensor.layout} {tensor.dtype}"
             raise TypeError(
                 f"{type(self).__name__} takes dense float32, bfloat16 or float16 {what}; {self.describe(param)} has "

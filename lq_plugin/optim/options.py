@@ -47,7 +47,7 @@ class Options:
     def __post_init__(self) -> None:
         check_state("state", self.state)
         check_state("embedding_state", self.embedding_state)
-        object.__setattr__(self, "percentile_clipping", checked_percentile(self.percentile_clipping))
+        checked_percentile(self.percentile_clipping)
         if self.min_8bit_size < 0:
             raise ValueError(f"min_8bit_size counts elements and cannot be negative, got {self.min_8bit_size}")
         if self.block_size != BLOCK_SIZE:
@@ -55,7 +55,8 @@ class Options:
 
     def as_group(self) -> dict[str, Any]:
         """The entries of a param_group."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} | FORMAT
+        entries = {field.name: getattr(self, field.name) for field in fields(self)}
+        return entries | {"percentile_clipping": checked_percentile(self.percentile_clipping)} | FORMAT
 
 
 def refuse(optimizer: str, arguments: Mapping[str, Any], accepted: tuple[str, ...] = ()) -> None:
