@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lq_plugin import record, rng
-from lq_plugin.conversion import Conversion, convert
+from lq_plugin.conversion import Conversion, convert, report_of
 from lq_plugin.layers.linear import QuantConv1D, QuantLinear
 from lq_plugin.optim import Options
 from lq_plugin.optim.base import LowBitOptimizer
@@ -65,7 +65,7 @@ class QuantPlugin(AnyStrategyPrecision):
         self._rng_at_first_step: dict[str, Any] | None = None
         self._low_bit_optimizers: list[LowBitOptimizer] = []
         self._steps = 0
-        self._reported = False
+        self._reported = ""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         trainer = _trainer_of(module)
@@ -73,6 +73,7 @@ class QuantPlugin(AnyStrategyPrecision):
         self.set_precision(self._asked_precision or default_precision(trainer.strategy.root_device), trainer.strategy)
         self._gradient_clip_val = trainer.gradient_clip_val
         self._fitting = trainer.state.fn == TrainerFn.FITTING
+        self._rng_at_first_step = None
         if isinstance(trainer.strategy, ModelParallelStrategy):
             self._conversion = self._converted_earlier(module)
         else:
@@ -86,10 +87,11 @@ class QuantPlugin(AnyStrategyPrecision):
         current = optimizers if self._fitting else []  # Lightning passes those of an earlier fit to validate and test
         swap = self._optimizer.swap(model, current, self._conversion.embeddings, self._gradient_clip_val)
         self._low_bit_optimizers = [o for o in current if isinstance(o, LowBitOptimizer)]
-        if not self._reported:
-            table = conversion_table(self._conversion, swap.state_bytes if current else None)
-            _print("\n".join([f"precision: {self.precision}", *swap.lines, "", table]))
-            self._reported = True
+        table = conversion_table(self._conversion, swap.state_bytes if current else None)
+        report = "\n".join([f"precision: {self.precision}", *swap.lines, "", table])
+        if (self._fitting and report != self._reported) or not self._reported:
+            _print(report)
+            self._reported = report
         return super().connect(model, optimizers, lr_schedulers)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -99,11 +101,15 @@ class QuantPlugin(AnyStrategyPrecision):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self._conversion is not None, "Lightning sets the model up before it restores a run"
         found = record.check(checkpoint, self._conversion)
-        if found is None or not self._fitting:
+        if not self._fitting:
+            return
+        record.check_optimizers(checkpoint, self._low_bit_optimizers)
+        if found is None or found["rng"] is None:
             return
         rng.restore(found["rng"])
-        # In the middle of an epoch the data loader starts anew and draws from the generators before the first step.
-        if not checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]:
+        # A loader that goes on in the middle of an epoch draws from the generators as it starts, before the first step.
+        fit_loop = checkpoint["loops"]["fit_loop"]
+        if "combined_loader" in fit_loop["state_dict"] and not fit_loop["epoch_loop.batch_progress"]["is_last_batch"]:
             self._rng_at_first_step = found["rng"]
 
     def optimizer_step(self, optimizer: Any, model: LightningModule, closure: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -138,7 +144,7 @@ class QuantPlugin(AnyStrategyPrecision):
                 "under ModelParallelStrategy layers are converted before they are sharded: call "
                 "lq_plugin.convert(model, ...) in configure_model ahead of fully_shard, or pass linear=None"
             )
-        return convert(module, None)
+        return report_of(module)
 
 
 def _trainer_of(module: nn.Module) -> Trainer:

@@ -4,25 +4,30 @@ Weights of trainable formats are plain, so a checkpoint of another format would 
 under a key of its own, makes that an error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.distributed
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lq_plugin import rng
 from lq_plugin.conversion import Conversion
+from lq_plugin.optim.base import LowBitOptimizer
 
 KEY = "lq_plugin"
 VERSION = 1
 
 
 def write(checkpoint: dict[str, Any], conversion: Conversion, precision: str) -> None:
-    """Adds the formats by layer, the precision and the random generators, as plain values and tensors."""
+    """Adds the formats by layer, the precision and the random generators, as plain values and tensors.
+
+    The generators of several processes differ, and a checkpoint is that of the first: they are left out then.
+    """
     checkpoint[KEY] = {
         "version": VERSION,
         "linear": _formats(conversion),
         "precision": precision,
-        "rng": rng.capture(),
+        "rng": None if _is_distributed() else rng.capture(),
     }
 
 
@@ -46,6 +51,23 @@ def check(checkpoint: Mapping[str, Any], conversion: Conversion) -> Mapping[str,
                 "load its state_dict alone to go on in another format"
             )
     return record
+
+
+def check_optimizers(checkpoint: Mapping[str, Any], optimizers: Sequence[LowBitOptimizer]) -> None:
+    """ValueError where a saved optimizer of ours kept its state, or clipped, in another way than this run does."""
+    for saved, optimizer in zip(checkpoint["optimizer_states"], optimizers, strict=False):
+        for before, now in zip(saved["param_groups"], optimizer.param_groups, strict=False):
+            for option in ("state", "percentile_clipping"):
+                if option in before and before[option] != now[option]:
+                    raise ValueError(
+                        f"the checkpoint's {type(optimizer).__name__} has {option}={before[option]!r}, this run has "
+                        f"{now[option]!r}: give QuantPlugin the optimizer= and percentile_clipping= of that run, or "
+                        "load its state_dict alone"
+                    )
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _formats(conversion: Conversion) -> dict[str, str]:

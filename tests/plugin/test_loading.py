@@ -213,3 +213,19 @@ def test_another_format_in_the_plugin_is_refused_by_name(quantised: tuple[Net, P
         other.fit(Net(), loader(), loader(), ckpt_path=path)
     with pytest.raises(ValueError, match=message):
         other.validate(Net(), loader(), ckpt_path=path)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        ({"percentile_clipping": 40}, "has percentile_clipping=5, this run has 40"),
+        ({"percentile_clipping": None}, "has percentile_clipping=5, this run has None"),
+        ({"optimizer": "32bit"}, "has state='8bit', this run has '32bit'"),
+    ],
+)
+def test_other_optimizer_options_are_refused_by_name(
+    plugin: dict[str, Any], message: str, quantised: tuple[Net, Path], tmp_path: Path
+) -> None:
+    _, path = quantised
+    with pytest.raises(ValueError, match=message):
+        trainer(QuantPlugin(**plugin), tmp_path, epochs=2).fit(Net(), loader(), loader(), ckpt_path=path)

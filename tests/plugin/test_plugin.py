@@ -184,9 +184,7 @@ def test_an_optimizer_without_a_twin_is_left_alone_and_named(
     model = fit(QuantPlugin(), tmp_path, Regression(torch.optim.SGD))
     assert type(model.user_optimizer) is torch.optim.SGD
     assert "optimizer: SGD, left alone: no 8-bit twin (those that have: AdamW8bit, Adam8bit)" in capsys.readouterr().out
-    with pytest.raises(
-        ValueError, match="optimizer SGD has no twin with 8bit state; those that have: AdamW8bit, Adam8bit"
-    ):
+    with pytest.raises(ValueError, match="SGD cannot have 8bit state: no 8-bit twin"):
         fit(QuantPlugin(optimizer="8bit"), tmp_path, Regression(torch.optim.SGD))
 
 
@@ -219,7 +217,9 @@ def test_the_fused_flag_of_a_swapped_optimizer_is_dropped_and_named(
         ({"precision": "bf8"}, "precision='bf8' is not known; expected one of "),
         ({"precision": 64}, "precision=64 is not known"),
         ({"percentile_clipping": "always"}, "expected a percentile from 1 to 99, 'auto' or None"),
-        ({"percentile_clipping": 0}, "percentile_clipping"),
+        ({"percentile_clipping": 0}, "percentile_clipping is an int from 1 to 99"),
+        ({"percentile_clipping": 5.0}, "percentile_clipping is an int from 1 to 99"),
+        ({"percentile_clipping": [5]}, "percentile_clipping is an int from 1 to 99"),
         ({"percentile_clipping": 5, "optimizer": None}, "optimizer=None leaves it alone"),
         ({"lora": object()}, "lora needs a frozen base format"),
         ({"linear": "auto"}, "linear='auto' needs measured tables"),
@@ -316,3 +316,53 @@ def test_one_trainer_validates_another_model_than_it_fitted(tmp_path: Path) -> N
     runner = trainer(QuantPlugin(), tmp_path)
     runner.fit(Validated(), loader(), loader())
     runner.validate(Validated(), loader(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "percentile"),
+    [
+        ({}, 5),
+        ({"percentile_clipping": 20}, 20),
+        ({"percentile_clipping": None}, None),
+        ({"optimizer": Options(percentile_clipping=7)}, 7),
+        ({"optimizer": Options(percentile_clipping=7), "percentile_clipping": None}, None),
+        ({"optimizer": Options(percentile_clipping=100)}, None),
+        ({"optimizer": Options(min_8bit_size=64)}, 5),
+    ],
+)
+def test_the_percentile_that_was_asked_for_is_used(
+    arguments: dict[str, Any], percentile: int | None, tmp_path: Path
+) -> None:
+    model = fit(QuantPlugin(**arguments), tmp_path, max_steps=1)
+    assert model.user_optimizer.param_groups[0]["percentile_clipping"] == percentile
+
+
+def test_clipping_that_was_asked_for_and_cannot_be_done_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="percentile_clipping=10 was asked for, and SGD is left alone"):
+        fit(QuantPlugin(percentile_clipping=10), tmp_path, Regression(torch.optim.SGD))
+
+
+def test_an_optimizer_that_its_twin_cannot_replace_is_left_alone_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = fit(QuantPlugin(), tmp_path, Regression(amsgrad=True))
+    assert type(model.user_optimizer) is torch.optim.AdamW
+    assert "optimizer: AdamW, left alone: its twin has no amsgrad" in capsys.readouterr().out
+
+
+def test_with_optimizer_none_parameters_may_live_outside_the_model(tmp_path: Path) -> None:
+    class Outside(Regression):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW([*self.parameters(), nn.Parameter(torch.zeros(3))])
+
+    fit(QuantPlugin(optimizer=None), tmp_path, Outside())
+
+
+def test_a_fit_after_validate_says_what_became_of_the_optimizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, runner = Validated(), trainer(QuantPlugin(), tmp_path)
+    runner.validate(model, loader(), verbose=False)
+    assert "AdamW8bit" not in capsys.readouterr().out
+    runner.fit(model, loader(), loader())
+    assert "AdamW -> AdamW8bit" in capsys.readouterr().out
