@@ -44,6 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().save_checkpoint(checkpoint, path, storage_options)
         with replacing(Path(path)) as file:
             torch.save(checkpoint, file)
+            _refuse_objects(file, path)
 
     def load_checkpoint(
         self, path: _PATH, map_location: Callable[..., Any] | None = None, weights_only: bool | None = True
@@ -65,6 +66,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
         except _DAMAGE as error:
             raise DamagedCheckpointError(f"{path} is not a whole checkpoint ({error}); take an earlier one") from error
+
+
+def _refuse_objects(file: IO[bytes], path: _PATH) -> None:
+    """ValueError while there still is a run to mend: a checkpoint with Python objects would not load."""
+    file.flush()
+    try:
+        objects = torch.serialization.get_unsafe_globals_in_checkpoint(file.name)
+    except _DAMAGE:  # cut short: the disk is full, which is said next
+        return
+    if objects:
+        raise ValueError(
+            f"the checkpoint for {path} holds Python objects, which would not be loaded again: {', '.join(objects)}. "
+            "Save hyperparameters as numbers, strings, lists and dicts, or use save_hyperparameters(ignore=...)"
+        )
 
 
 def check(path: Path) -> None:
@@ -149,14 +164,22 @@ class _Measured:
                 self._error = error
         return size
 
-    def flush(self) -> None:
-        pass
+    @property
+    def name(self) -> str:
+        return self._file.name
 
-    def finish(self, path: Path) -> None:
-        """Puts what was written on disk; OSError if any of it could not be."""
+    def flush(self) -> None:
         if self._error is None:
             try:
                 self._file.flush()
+            except OSError as error:
+                self._error = error
+
+    def finish(self, path: Path) -> None:
+        """Puts what was written on disk; OSError if any of it could not be."""
+        self.flush()
+        if self._error is None:
+            try:
                 os.fsync(self._file.fileno())
             except OSError as error:
                 self._error = error

@@ -208,6 +208,16 @@ def test_a_training_run_ends_with_the_file_that_failed_and_its_earlier_checkpoin
         assert io.load_checkpoint(tmp_path / left / name)["global_step"] == step
 
 
+def test_objects_that_would_not_load_again_are_refused_while_there_is_a_run_to_mend(
+    io: AtomicCheckpointIO, tmp_path: Path
+) -> None:
+    io.save_checkpoint(CHECKPOINT, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"holds Python objects, which would not be loaded again: pathlib"):
+        io.save_checkpoint({"hyper_parameters": {"folder": tmp_path}}, tmp_path / "last.ckpt")
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+    assert io.load_checkpoint(tmp_path / "last.ckpt")["step"] == 3
+
+
 class _Runs:
     """What an attacker would put in a file: an object that runs a function of its choice when it is unpickled."""
 
