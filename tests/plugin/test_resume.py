@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,11 @@ class Net(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)]
 
 
-def shuffled() -> DataLoader[Any]:
+def shuffled(workers: int = 0) -> DataLoader[Any]:
     """torch's own loader, whose order comes from the global generator at the start of each epoch."""
     generator = torch.Generator().manual_seed(1)
-    return DataLoader(
-        TensorDataset(torch.randn(BATCHES * BATCH_SIZE, WIDTH, generator=generator)), BATCH_SIZE, shuffle=True
-    )
+    data = TensorDataset(torch.randn(BATCHES * BATCH_SIZE, WIDTH, generator=generator))
+    return DataLoader(data, BATCH_SIZE, shuffle=True, num_workers=workers)
 
 
 class Stateful:
@@ -120,6 +120,7 @@ RUNS = {
     "bf16-true": Run({"precision": "bf16-true"}),
     "16-mixed": Run({"precision": "16-mixed"}),
     "gradient accumulation": Run(trainer={"accumulate_grad_batches": 2}, step=BATCHES // 2),
+    "workers in the loader": Run(loader=partial(shuffled, workers=2)),
     "middle of an epoch": Run(loader=Stateful, step=4),
     "EMA": Run(callbacks=lambda: [EMAWeightAveraging(decay=0.9)]),
 }
