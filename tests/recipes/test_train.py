@@ -147,6 +147,6 @@ def test_a_multirun_on_two_processes_runs_each_job_once_and_in_one_folder(tmp_pa
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished after 2 steps") == 2
-    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"0", "1", "multirun.yaml"}
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {".lock", "0", "1", "multirun.yaml"}
     assert {path.name for path in tmp_path.iterdir()} == {"sweep", "sources"}
     assert all(last_checkpoint(tmp_path / "sweep" / job)["global_step"] == 2 for job in "01")
