@@ -55,7 +55,7 @@ def check(checkpoint: Mapping[str, Any], conversion: Conversion) -> Mapping[str,
 
 def check_optimizers(checkpoint: Mapping[str, Any], optimizers: Sequence[LowBitOptimizer]) -> None:
     """ValueError where a saved optimizer of ours kept its state, or clipped, in another way than this run does."""
-    for saved, optimizer in zip(checkpoint["optimizer_states"], optimizers, strict=False):
+    for saved, optimizer in zip(checkpoint.get("optimizer_states", []), optimizers, strict=False):
         for before, now in zip(saved["param_groups"], optimizer.param_groups, strict=False):
             for option in ("state", "percentile_clipping"):
                 if option in before and before[option] != now[option]:
