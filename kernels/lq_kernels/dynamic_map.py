@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lq_kernels._triton import tl, triton
 from lq_kernels.codebooks import CODES, DECADES, dynamic_map, midpoints, zero_code
+from lq_kernels.rounding import ROUNDING_OFFSET
 
 _OCTAVES = 32  # of float32 exponents modulo 32: 2^-23 .. 2^1 are the entries 8 .. 31 and 0
 _RANKS = 16  # 0: nearer to zero than to the first value; 1 .. 7: a decade; 8: nearer to 1 than to the last value
@@ -35,8 +36,6 @@ _BOUNDS_T = tl.constexpr(_BOUNDS)
 _SLOPES_T = tl.constexpr(_SLOPES)
 _OFFSETS_T = tl.constexpr(_OFFSETS)
 
-# 1.5 * 2^23: added to |x| < 2^22 it leaves round-half-to-even(x) in the low bits of the mantissa.
-_ROUNDING_OFFSET = tl.constexpr(12582912.0)
 # -1 takes the place of the last value below it, so its cell begins at the midpoint of -1 and the value after that.
 _LOWEST_CELL = tl.constexpr(float(midpoints(dynamic_map(SIGNED_MAP))[0]))
 # The last code of a decade of n values as a function of its offset. Signed: last = 2 n - 1, offset = 8 n / 9 - 1/2;
@@ -124,7 +123,7 @@ def _distance(magnitude, bounds, slopes, offsets, LAST_OFFSET: tl.constexpr):
 def encode_unsigned(v, bounds, slopes, offsets):
     """v float32 in [0, 1] -> the code of the nearest value of dynamic_unsigned, uint8."""
     distance = _distance(v, bounds, slopes, offsets, _LAST_OFFSET_UNSIGNED)
-    return (distance + _ROUNDING_OFFSET).to(tl.int32, bitcast=True).to(tl.uint8)
+    return (distance + ROUNDING_OFFSET).to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit
@@ -133,4 +132,4 @@ def encode_signed(v, bounds, slopes, offsets):
     distance = _distance(tl.abs(v), bounds, slopes, offsets, _LAST_OFFSET_SIGNED)
     lowest = tl.where(v < _LOWEST_CELL, -127.0, -126.0)
     signed = tl.maximum(tl.where(v < 0, -distance, distance), lowest)
-    return (signed + (_ROUNDING_OFFSET + 127.0)).to(tl.int32, bitcast=True).to(tl.uint8)
+    return (signed + (ROUNDING_OFFSET + 127.0)).to(tl.int32, bitcast=True).to(tl.uint8)
