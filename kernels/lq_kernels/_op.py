@@ -9,11 +9,15 @@
     @negate.triton
     def _launch(x: Tensor) -> Tensor: ...       # CUDA and ROCm
 
+An op that writes into tensors it is given returns None and is declared with `@op_with_out("codes", "scale")`, the
+names of those arguments.
+
 PyTorch's dispatcher picks by the device of the tensors: CUDA tensors (ROCm's too) go to the launcher, all others
 to the reference. The op is `torch.ops.lq.negate`, registered with `torch.library.Library`, whose dispatch costs a
 third of `custom_op`'s. No gradient flows through an op: layers define theirs.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
@@ -33,12 +37,14 @@ OPS: dict[str, "Op[Any, Any]"] = {}
 class Op(Generic[P, R]):
     """A reference, its fake and its launcher under one name; calling it dispatches on the device of its tensors."""
 
-    def __init__(self, reference: Callable[P, R]) -> None:
+    def __init__(self, reference: Callable[P, R], outputs: tuple[str, ...] = ()) -> None:
         self.name = reference.__name__
         self.reference = reference
+        self.outputs = outputs
         self.launcher: Callable[P, R] | None = None
+        self._signature = inspect.signature(reference)
         self.__doc__ = reference.__doc__
-        schema = torch.library.infer_schema(reference, mutates_args=())
+        schema = torch.library.infer_schema(reference, mutates_args=outputs)
         _LIBRARY.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
         _LIBRARY.impl(self.name, torch.no_grad()(reference), "CompositeExplicitAutograd")
@@ -64,12 +70,26 @@ class Op(Generic[P, R]):
         require_triton(f"lq::{self.name}")
         assert self.launcher is not None, f"{self.name} has no launcher"
         with torch.cuda.device(cast(Tensor, args[0]).device):
-            return self.launcher(*args, **kwargs)
+            result = self.launcher(*args, **kwargs)
+        if self.outputs:
+            written = self.written(*args, **kwargs)
+            torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
+        return result
+
+    def written(self, *args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, ...]:
+        """The arguments that the op writes into."""
+        bound = self._signature.bind(*args, **kwargs).arguments
+        return tuple(bound[name] for name in self.outputs)
 
 
 def op(reference: Callable[P, R]) -> Op[P, R]:
     """Registers a reference as `torch.ops.lq.<its name>`; its first argument is a tensor."""
     return Op(reference)
+
+
+def op_with_out(*outputs: str) -> Callable[[Callable[P, None]], Op[P, None]]:
+    """Registers a reference that returns None and writes into the tensors given as its arguments `outputs`."""
+    return lambda reference: Op(reference, outputs)
 
 
 def require_triton(what: str) -> None:

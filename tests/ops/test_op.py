@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from lq_kernels._op import OPS
+from lq_kernels._op import OPS, op_with_out
 from lq_kernels.rowwise import quantize_rowwise, quantize_tensorwise_transposed
 from lq_kernels.scaled_mm import scaled_mm
-from op_samples import product
+from samples_scaled_mm import product
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -146,3 +146,23 @@ def test_inductor_gives_what_eager_gives() -> None:
     args = [torch.randn(*shape, device="cuda").bfloat16() for shape in ((64, 256), (128, 256), (128,))]
     compiled = torch.compile(int8_linear, fullgraph=True)
     torch.testing.assert_close(compiled(*args), int8_linear(*args), rtol=0, atol=0)
+
+
+def test_an_op_with_out_writes_and_counts_as_a_modification() -> None:
+    @op_with_out("out")
+    def negate_into(x: Tensor, out: Tensor) -> None:
+        out.copy_(-x)
+
+    @negate_into.fake
+    def _fake(x: Tensor, out: Tensor) -> None:
+        return None
+
+    x, out = torch.randn(5), torch.zeros(5)
+    version = out._version
+    assert negate_into(x, out) is None
+    assert torch.equal(out, -x)
+    assert out._version > version
+    assert negate_into.written(x, out=out) == (out,)
+    compiled = torch.compile(lambda x, out: (negate_into(x, out), out + 1)[1], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, torch.zeros(5)), 1 - x, rtol=0, atol=0)
+    del OPS["negate_into"]

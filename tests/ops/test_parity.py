@@ -8,13 +8,14 @@ from typing import Any
 import lq_kernels
 import pytest
 import torch
-from op_samples import SAMPLES, to_device
+from hostile import to_device
+from op_samples import BOUNDS, SAMPLES
 from torch import Tensor
 
 for module in pkgutil.iter_modules(lq_kernels.__path__):
     importlib.import_module(f"lq_kernels.{module.name}")
 
-from lq_kernels._op import OPS  # noqa: E402 - full only once every module is imported
+from lq_kernels._op import OPS, Op  # noqa: E402 - full only once every module is imported
 
 
 @functools.cache
@@ -27,8 +28,14 @@ def sample_names() -> list[tuple[str, str]]:
     return [(op, sample) for op in SAMPLES for sample in samples(op)]
 
 
-def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else result
+def tensors(result: Tensor | tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result or ()
+
+
+def results(op: Op[Any, Any], function: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """What the op returns, and what it wrote into its arguments."""
+    returned = tensors(function(*args))
+    return returned + (op.written(*args) if op.outputs else ())
 
 
 def test_every_op_has_samples_and_a_launcher() -> None:
@@ -38,19 +45,35 @@ def test_every_op_has_samples_and_a_launcher() -> None:
 
 @pytest.mark.parametrize(("name", "sample"), sample_names())
 def test_kernel_gives_the_bits_of_the_reference(name: str, sample: str, device: torch.device) -> None:
-    args = samples(name)[sample]
-    launcher = OPS[name].launcher
-    assert launcher is not None
-    got = launcher(*(to_device(arg, device) for arg in args))
-    expected = OPS[name].reference(*args)
-    for value, reference in zip(tensors(got), tensors(expected), strict=True):
+    op, args = OPS[name], samples(name)[sample]
+    on_device = copied(args, device)
+    got = results(op, op.launcher, on_device)
+    expected = results(op, op.reference, copied(args, torch.device("cpu")))
+    bound = BOUNDS[name](*args) if name in BOUNDS else None
+    for value, reference in zip(got, expected, strict=True):
         assert value.stride() == reference.stride()
-        torch.testing.assert_close(value.cpu(), reference, rtol=0, atol=0, equal_nan=True)
+        if bound is None:
+            torch.testing.assert_close(value.cpu(), reference, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert_within(value.cpu(), reference, bound)
+
+
+def copied(args: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+    """The arguments on `device`, in memory of their own, since some are written."""
+    return tuple(to_device(arg, device) for arg in args)
+
+
+def assert_within(value: Tensor, reference: Tensor, bound: Tensor) -> None:
+    assert value.dtype == reference.dtype
+    finite = reference.isfinite()
+    torch.testing.assert_close(value[~finite], reference[~finite], rtol=0, atol=0, equal_nan=True)
+    difference = (value.double() - reference.double()).abs()
+    assert bool((difference <= bound)[finite].all()), f"off by {(difference / bound)[finite].max()} of the bound"
 
 
 @pytest.mark.parametrize("name", list(SAMPLES))
 def test_fake_and_schema_agree_with_the_op(name: str, device: torch.device) -> None:
     for args in list(samples(name).values())[::3]:
         # opcheck compares without equal_nan
-        if all(value.isfinite().all() for value in tensors(OPS[name].reference(*args))):
-            torch.library.opcheck(OPS[name].overload, tuple(to_device(arg, device) for arg in args))
+        if all(value.isfinite().all() for value in results(OPS[name], OPS[name].reference, copied(args, device))):
+            torch.library.opcheck(OPS[name].overload, copied(args, device))

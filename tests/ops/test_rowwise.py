@@ -3,6 +3,7 @@
 import lq_kernels.rowwise as module
 import pytest
 import torch
+from hostile import FLOATS, cut_out, heavy_tailed, to_device
 from lq_kernels.rowwise import (
     INT8_MAX,
     SMALLEST_AMAX,
@@ -11,7 +12,6 @@ from lq_kernels.rowwise import (
     quantize_tensorwise,
     quantize_tensorwise_transposed,
 )
-from op_samples import FLOATS, cut_out, heavy_tailed, to_device
 from torch import Tensor
 
 

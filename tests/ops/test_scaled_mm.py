@@ -3,10 +3,11 @@
 import lq_kernels.scaled_mm as module
 import pytest
 import torch
+from hostile import FLOATS, Arguments, heavy_tailed, to_device
 from lq_kernels._triton import DeviceLimits
 from lq_kernels.rowwise import quantize_rowwise
 from lq_kernels.scaled_mm import LARGEST_K, Tile, scaled_mm, tile_for
-from op_samples import FLOATS, Arguments, heavy_tailed, product, to_device
+from samples_scaled_mm import product
 from torch import Tensor
 
 EPSILON = 2.0**-24  # half an ulp of float32, relative
