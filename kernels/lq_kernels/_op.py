@@ -69,8 +69,12 @@ class Op(Generic[P, R]):
     def _launch(self, *args: P.args, **kwargs: P.kwargs) -> R:
         require_triton(f"lq::{self.name}")
         assert self.launcher is not None, f"{self.name} has no launcher"
-        with torch.cuda.device(cast(Tensor, args[0]).device):
+        device = cast(Tensor, args[0]).device
+        if device.index == torch.cuda.current_device():  # entering a device costs as much as a launch
             result = self.launcher(*args, **kwargs)
+        else:
+            with torch.cuda.device(device):
+                result = self.launcher(*args, **kwargs)
         if self.outputs:
             written = self.written(*args, **kwargs)
             torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
