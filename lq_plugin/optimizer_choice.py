@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.optim import Optimizer
 
-from lq_plugin.optim import TWINS, Options, Swap, become, state_bytes
+from lq_plugin.optim import TWINS, Options, Swap, become
 from lq_plugin.optim.base import PARAMETER_DTYPES, LowBitOptimizer
 from lq_plugin.optim.options import STATES
 
@@ -120,18 +120,17 @@ def _options(optimizer: str | Options) -> Options:
 def _state_bytes(optimizer: Optimizer) -> dict[int, tuple[int, int]]:
     """By id of the parameter, as the optimizer itself decides."""
     assert isinstance(optimizer, LowBitOptimizer)
-    sizes = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            options = Options("8bit" if optimizer.keeps_8bit_state(group, p) else "32bit", min_8bit_size=0)
-            sizes[id(p)] = state_bytes(p, options, embedding=False)
-    return sizes
+    return {id(p): optimizer.state_bytes(group, p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _told(swap: Swap, options: Options, clipping: str) -> str:
     if not swap.changed:
         return f"optimizer: {swap.after.__name__}, kept with the options it was built with"
     parts = [f"optimizer: {swap.before.__name__} -> {swap.after.__name__} ({options.state} state, {clipping})"]
+    if options.offload:
+        parts.append("large states in the CPU's memory")
+    if options.gradient_release:
+        parts.append("each gradient used and freed in the backward pass")
     if swap.dropped:
         parts.append(f"dropped {' and '.join(swap.dropped)}: one launch updates all tensors")
     if swap.converted:

@@ -4,9 +4,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.optim import Optimizer
@@ -23,6 +26,7 @@ from lq_plugin.report import conversion_table
 
 _UNSUPPORTED_STRATEGIES = ("DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
 _STEPS_BETWEEN_WARNINGS = 100
+_WITHOUT_RELEASE = "leave out gradient_release"
 
 
 class QuantPlugin(AnyStrategyPrecision):
@@ -61,9 +65,12 @@ class QuantPlugin(AnyStrategyPrecision):
         self._asked_precision = None if precision is None else precision_named(precision)
         self._conversion: Conversion | None = None
         self._gradient_clip_val: float | None = None
+        self._against_release: str | None = None
         self._fitting = False
         self._rng_at_first_step: dict[str, Any] | None = None
         self._low_bit_optimizers: list[LowBitOptimizer] = []
+        # Lightning moves their states to the device, offloaded or not.
+        self._moved_optimizers: list[LowBitOptimizer] = []
         self._steps = 0
         self._reported = ""
 
@@ -72,6 +79,7 @@ class QuantPlugin(AnyStrategyPrecision):
         _check_strategy(trainer.strategy, self._optimizer.options)
         self.set_precision(self._asked_precision or default_precision(trainer.strategy.root_device), trainer.strategy)
         self._gradient_clip_val = trainer.gradient_clip_val
+        self._against_release = _reason_against_release(trainer, self.precision)
         self._fitting = trainer.state.fn == TrainerFn.FITTING
         self._rng_at_first_step = None
         if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -87,6 +95,11 @@ class QuantPlugin(AnyStrategyPrecision):
         current = optimizers if self._fitting else []  # Lightning passes those of an earlier fit to validate and test
         swap = self._optimizer.swap(model, current, self._conversion.embeddings, self._gradient_clip_val)
         self._low_bit_optimizers = [o for o in current if isinstance(o, LowBitOptimizer)]
+        self._moved_optimizers = list(self._low_bit_optimizers)
+        if self._against_release is not None and any(o.releases_gradients for o in self._low_bit_optimizers):
+            for optimizer in self._low_bit_optimizers:
+                optimizer.stop_gradient_release()
+            raise ValueError(f"gradient_release updates in the backward pass, and {self._against_release}")
         table = conversion_table(self._conversion, swap.state_bytes if current else None)
         report = "\n".join([f"precision: {self.precision}", *swap.lines, "", table])
         if (self._fitting and report != self._reported) or not self._reported:
@@ -119,8 +132,21 @@ class QuantPlugin(AnyStrategyPrecision):
             self._warn_of_skipped()
         return result
 
+    def clip_gradients(
+        self,
+        optimizer: Steppable,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        if clip_val and getattr(optimizer, "releases_gradients", False):
+            raise ValueError(f"gradient_release updates in the backward pass, and {_clipped_later(clip_val)}")
+        super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)  # type: ignore[arg-type]
+
     def teardown(self) -> None:
         self._warn_of_skipped()
+        for optimizer in self._low_bit_optimizers:
+            optimizer.stop_gradient_release()  # the next fit starts it again
+            optimizer.wait_for_state()
         super().teardown()
 
     def _warn_of_skipped(self) -> None:
@@ -133,6 +159,9 @@ class QuantPlugin(AnyStrategyPrecision):
         if self._rng_at_first_step is not None:
             rng.restore(self._rng_at_first_step)
             self._rng_at_first_step = None
+        for optimizer in self._moved_optimizers:
+            optimizer.bring_state_home()
+        self._moved_optimizers = []
         with super().train_step_context():
             yield
 
@@ -169,6 +198,27 @@ def _check_strategy(strategy: Strategy, options: Options | None) -> None:
             f"QuantPlugin got {type(strategy).__name__} and optimizer state in {options.state}, which cannot be "
             "sharded yet; pass optimizer=None, or strategy='ddp'"
         )
+
+
+def _reason_against_release(trainer: Trainer, precision: str) -> str | None:
+    """What in this run needs gradients after the backward pass, or None."""
+    accumulates = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if trainer.accumulate_grad_batches > 1 or any(c.going_to_accumulate_grad_batches() for c in accumulates):
+        return f"a step here accumulates gradients over batches: pass accumulate_grad_batches=1, or {_WITHOUT_RELEASE}"
+    if trainer.gradient_clip_val:
+        return _clipped_later(trainer.gradient_clip_val)
+    if precision == "16-mixed":
+        return f"16-mixed unscales gradients after it: pass precision='bf16-mixed', or {_WITHOUT_RELEASE}"
+    if trainer.world_size > 1:
+        return f"{trainer.world_size} processes average theirs after it: train in one process, or {_WITHOUT_RELEASE}"
+    return None
+
+
+def _clipped_later(clip_val: int | float) -> str:
+    return (
+        f"clipping at {clip_val} needs all gradients after it: leave out gradient_clip_val and take "
+        f"percentile_clipping, which clips each tensor by its own norms, or {_WITHOUT_RELEASE}"
+    )
 
 
 @rank_zero_only

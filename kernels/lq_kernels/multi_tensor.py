@@ -1,228 +1,186 @@
-"""One launch over many tensors: a table of addresses and a list of (tensor, block) pairs in device memory.
+"""One launch over many tensors: a table of addresses and lists of work in device memory.
 
-A program reads its pair from the work list, the addresses of that tensor from the table, and works on a few blocks.
+A program reads its place from a work list, the addresses of that tensor from the table, and works on a few blocks.
 Both are built once; only the table is written again, and only when an address has changed. Under CUDA graph capture
-the table is filled from pinned memory that stays alive with the graph, so that a replay finds what was captured.
+tables are filled from pinned memory that stays alive with the graph, so that a replay finds what was captured.
 """
 
-import math
+import operator
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import repeat
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from lq_kernels._triton import tl, triton
-from lq_kernels.blockwise import BLOCK_SIZE
+
+MAX_STATES = 3
 
 # Columns of the table: addresses, then sizes in elements. An address of 0 means that the tensor is absent.
-COLUMNS = 11
-_PARAM, _GRAD, _STATE1, _STATE2, _SCALE1, _SCALE2, _STEP, _HISTORY, _COUNTS, _NUMEL, _ROW_LENGTH = range(COLUMNS)
+COLUMNS = 16
+_PARAM, _GRAD, _STATE, _SCALE, _MASTER, _STEP, _HISTORY, _COUNTS = 0, 1, 2, 5, 8, 9, 10, 11
+_NUMEL, _ROW_LENGTH, _NUMBER, _GROUP = 12, 13, 14, 15
 
-# The same for kernels, which read nothing but constexpr globals.
+# The same for kernels, which read nothing but constexpr globals. STATE + i and SCALE + i belong to state i.
 TABLE_COLUMNS = tl.constexpr(COLUMNS)
 PARAM = tl.constexpr(_PARAM)
 GRAD = tl.constexpr(_GRAD)
-STATE1 = tl.constexpr(_STATE1)
-STATE2 = tl.constexpr(_STATE2)
-SCALE1 = tl.constexpr(_SCALE1)
-SCALE2 = tl.constexpr(_SCALE2)
+STATE = tl.constexpr(_STATE)
+SCALE = tl.constexpr(_SCALE)
+MASTER = tl.constexpr(_MASTER)
 STEP = tl.constexpr(_STEP)
 HISTORY = tl.constexpr(_HISTORY)
 COUNTS = tl.constexpr(_COUNTS)
 NUMEL = tl.constexpr(_NUMEL)
 ROW_LENGTH = tl.constexpr(_ROW_LENGTH)
+NUMBER = tl.constexpr(_NUMBER)
+GROUP = tl.constexpr(_GROUP)
 
-_STATE_KEYS = {
-    _STATE1: ("codes1", "state1"),
-    _STATE2: ("codes2", "state2"),
-    _SCALE1: ("scale1",),
-    _SCALE2: ("scale2",),
-    _STEP: ("step",),
-    _HISTORY: ("gnorm_history",),
-    _COUNTS: ("gnorm_counts",),
+_STATE_COLUMNS = {
+    **{f"codes{i + 1}": _STATE + i for i in range(MAX_STATES)},
+    **{f"state{i + 1}": _STATE + i for i in range(MAX_STATES)},
+    **{f"scale{i + 1}": _SCALE + i for i in range(MAX_STATES)},
+    "master": _MASTER,
+    "step": _STEP,
+    "gnorm_history": _HISTORY,
+    "gnorm_counts": _COUNTS,
 }
 
+_SERIAL_ROWS = 1024  # torch copies 32768 elements and more in threads, which take longer to wake than to copy
 _VECTOR_BYTES = 16  # the widest load
 _EMPTY = 16  # the address of a gradient that is there but has no values; it is never read
 
 State = dict[str, Tensor]
 
-
-@dataclass(frozen=True)
-class Layout:
-    """How a kernel finds a tensor's values: tensors of one layout share an update launch."""
-
-    eight_bit: bool  # codes and scales, or float32
-    flat: bool  # rows are whole blocks: block b begins at value 256 b
+_NEEDS_STEP = "an optimizer takes one step outside of CUDA graph capture before each capture, with the same tensors"
 
 
-@dataclass(eq=False)
-class Batch:
-    """Tensors of one device, parameter type and gradient type that are updated together, with their states.
-
-    A state is the optimizer's own dict for that parameter: "step" (0-d float32), "codes1", "scale1", "codes2",
-    "scale2" or "state1", "state2", and with clipping "gnorm_history" and "gnorm_counts".
-    """
-
-    params: Sequence[Tensor]
-    states: Sequence[State]
-    grad_type: torch.dtype
-    device: torch.device = field(init=False)
-    _launch_data: "LaunchData | None" = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        self.device = self.params[0].device
-
-    def launch_data(self) -> "LaunchData":
-        """What the kernels read from device memory; made on first use."""
-        if self._launch_data is None:
-            self._launch_data = LaunchData(self)
-        return self._launch_data
-
-    @property
-    def captured(self) -> bool:
-        """True when a CUDA graph refers to this batch's device memory."""
-        return self._launch_data is not None and self._launch_data.table.captured
-
-
-class LaunchData:
-    """The table, the work lists by layout, and scratch memory of a batch."""
-
-    def __init__(self, batch: Batch) -> None:
-        device = batch.device
-        _refuse_capture(device)
-        self.table = AddressTable(_rows(batch), device)
-        self.work = {layout: to_device(pairs, device) for layout, pairs in _work_by_layout(batch).items()}
-        self.facts = torch.empty(len(batch.params), 4, device=device)
-        self.chunked: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self._numels = [param.numel() for param in batch.params]
-        self._device = device
-
-    def chunks(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Work list over chunks of `size` values, the first chunk of each tensor, one float32 per chunk."""
-        if size not in self.chunked:
-            _refuse_capture(self._device)
-            counts = [-(-numel // size) for numel in self._numels]
-            first = torch.tensor([0, *counts]).cumsum(0).int()
-            work = work_list(counts, 1)
-            partials = torch.empty(len(work), device=self._device)
-            self.chunked[size] = to_device(work, self._device), to_device(first, self._device), partials
-        return self.chunked[size]
-
-
-class AddressTable:
-    """(tensors, COLUMNS) int64 in device memory; `refresh` writes it again when an address has changed."""
+class DeviceTable:
+    """Rows that change seldom, kept on the device; a captured graph reads copies that nothing overwrites."""
 
     def __init__(self, rows: Tensor, device: torch.device) -> None:
-        self._rows = rows
-        self._addresses: tuple[list[int], list[int]] | None = None
+        self.rows = rows
         self._table = torch.empty_like(rows, device=device)
         self._spare: Tensor | None = None
         self._kept: list[tuple[Tensor, Tensor]] = []
-        self.aligned = False  # every address is a multiple of 16 bytes
+        self._stale = True
 
     @property
     def captured(self) -> bool:
         return bool(self._kept)
 
-    def refresh(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
-        """The table with the present addresses of `params` and `grads`, on the device."""
-        addresses = [p.data_ptr() for p in params], [0 if g is None else g.data_ptr() or _EMPTY for g in grads]
-        changed = addresses != self._addresses
-        if changed:
-            self._addresses = addresses
-            self._rows[:, _PARAM] = torch.tensor(addresses[0])
-            self._rows[:, _GRAD] = torch.tensor(addresses[1])
-            self.aligned = not bool((self._rows[:, : _SCALE2 + 1] % _VECTOR_BYTES).any())
-        if _capturing(self._table.device):
-            self._addresses = None
+    def changed(self) -> None:
+        """`rows` has been written: the device gets it with the next `on_device`."""
+        self._stale = True
+
+    def on_device(self) -> Tensor:
+        """The table on the device; nothing waits for it. While capturing, a table of that graph's own."""
+        if capturing(self._table.device):
+            self._stale = True
             return self._captured()
-        if changed:
+        if self._stale:
+            self._stale = False
             self._upload()
         return self._table
 
     def _upload(self) -> None:
         if not self._table.is_cuda:
-            self._table.copy_(self._rows)
+            self._table.copy_(self.rows)
             return
         if self._spare is None:
-            self._spare = torch.empty_like(self._rows, pin_memory=True)
+            self._spare = torch.empty_like(self.rows, pin_memory=True)
         # PyTorch's pinned allocator hands this memory out again only after the copy has run.
-        self._table.copy_(self._rows.pin_memory(), non_blocking=True)
+        pinned = torch.empty_like(self.rows, pin_memory=True)
+        for target, rows in zip(pinned.split(_SERIAL_ROWS), self.rows.split(_SERIAL_ROWS), strict=True):
+            target.copy_(rows)
+        self._table.copy_(pinned, non_blocking=True)
 
     def _captured(self) -> Tensor:
         if self._spare is None:
             raise RuntimeError(_NEEDS_STEP)
-        host, self._spare = self._spare.copy_(self._rows), None
+        host, self._spare = self._spare.copy_(self.rows), None
         table = torch.empty_like(self._table)
         table.copy_(host, non_blocking=True)
         self._kept.append((host, table))
         return table
 
 
-_NEEDS_STEP = "an optimizer takes one step outside of CUDA graph capture before each capture, with the same tensors"
+class AddressTable:
+    """(tensors, COLUMNS) int64: addresses and sizes of parameters, gradients and states."""
+
+    def __init__(self, params: Sequence[Tensor], states: Sequence[State], facts: Sequence[tuple[int, ...]]) -> None:
+        """`facts` are the columns from NUMEL on."""
+        rows = torch.zeros(len(params), COLUMNS, dtype=torch.int64)
+        for row, state in zip(rows, states, strict=True):
+            for key, value in state.items():
+                if key in _STATE_COLUMNS:
+                    row[_STATE_COLUMNS[key]] = value.data_ptr()
+        rows[:, _NUMEL:] = torch.tensor(facts)
+        self.table = DeviceTable(rows, params[0].device)
+        self._addresses: list[list[int]] = [[], []]
+        self._aligned = [False, False, _are_aligned(rows[:, _STATE:_STEP])]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every address is a multiple of 16 bytes."""
+        return all(self._aligned)
+
+    def refresh(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
+        """The table with the present addresses of `params` and `grads`, on the device."""
+        rows = self.table.rows
+        for column, addresses in ((_PARAM, list(map(Tensor.data_ptr, params))), (_GRAD, _gradient_addresses(grads))):
+            if addresses != self._addresses[column]:
+                self._addresses[column] = addresses
+                # torch.tensor takes four times as long for a list of integers
+                values = torch.frombuffer(array("q", addresses), dtype=torch.int64)
+                rows[:, column] = values
+                self._aligned[column] = _are_aligned(values)
+                self.table.changed()
+        return self.table.on_device()
 
 
-def _capturing(device: torch.device) -> bool:
+def all_there(tensors: Sequence[Tensor | None]) -> TypeGuard[Sequence[Tensor]]:
+    """Whether none is None: without a step of Python's for each, of which a model has thousands."""
+    return all(map(operator.is_not, tensors, repeat(None)))
+
+
+def _are_aligned(addresses: Tensor) -> bool:
+    return not bool((addresses & _VECTOR_BYTES - 1).any())
+
+
+def _gradient_addresses(grads: Sequence[Tensor | None]) -> list[int]:
+    if all_there(grads):
+        addresses = list(map(Tensor.data_ptr, grads))
+        if all(addresses):
+            return addresses
+    return [0 if grad is None else grad.data_ptr() or _EMPTY for grad in grads]
+
+
+def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _refuse_capture(device: torch.device) -> None:
+def refuse_capture(device: torch.device) -> None:
     """What is copied to the device while capturing would be copied again, from freed memory, at every replay."""
-    if _capturing(device):
+    if capturing(device):
         raise RuntimeError(_NEEDS_STEP)
 
 
-def work_list(blocks: Sequence[int], per_program: int) -> Tensor:
-    """(programs, 2) int32: the tensor of each program and its first block; tensor i has `blocks[i]` of them."""
-    counts = torch.tensor([-(-count // per_program) for count in blocks], dtype=torch.int64)
-    tensor = torch.repeat_interleave(counts)
-    first = counts.cumsum(0) - counts
-    program = torch.arange(len(tensor)) - first[tensor]
-    return torch.stack([tensor, program * per_program], dim=1).int()
+def work_list(blocks: Sequence[int], per_program: Sequence[int] | int) -> Tensor:
+    """(programs, 3) int32: tensor, first block, one past the last; tensor i has `blocks[i]` of them."""
+    count = torch.tensor(blocks, dtype=torch.int64)
+    share = torch.as_tensor(per_program).expand(len(blocks))
+    programs = (count + share - 1) // share
+    tensor = torch.repeat_interleave(programs)
+    first = (torch.arange(len(tensor)) - (programs.cumsum(0) - programs)[tensor]) * share[tensor]
+    return torch.stack([tensor, first, torch.minimum(first + share[tensor], count[tensor])], dim=1).int()
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """A copy on `device` that does not wait for it."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-
-
-def blocks_per_program(layout: Layout) -> int:
-    """Blocks of 256 in one program's tile; short rows leave lanes idle, so ragged tiles are the same size."""
-    return 8 if layout.flat else 4
-
-
-def _row_length(param: Tensor, state: State) -> int:
-    """Values from one row to the next; float32 state has no rows."""
-    rows = param.shape[0] if "codes1" in state else 1
-    return param.numel() // max(rows, 1)
-
-
-def _rows(batch: Batch) -> Tensor:
-    rows = torch.zeros(len(batch.params), COLUMNS, dtype=torch.int64)
-    for row, param, state in zip(rows, batch.params, batch.states, strict=True):
-        for column, keys in _STATE_KEYS.items():
-            row[column] = next((state[key].data_ptr() for key in keys if key in state), 0)
-        row[_NUMEL] = param.numel()
-        row[_ROW_LENGTH] = _row_length(param, state)
-    return rows
-
-
-def _work_by_layout(batch: Batch) -> dict[Layout, Tensor]:
-    lengths = [_row_length(param, state) for param, state in zip(batch.params, batch.states, strict=True)]
-    layouts = [
-        Layout("codes1" in state, length % BLOCK_SIZE == 0) for state, length in zip(batch.states, lengths, strict=True)
-    ]
-    blocks = [
-        param.numel() // max(length, 1) * math.ceil(length / BLOCK_SIZE)
-        for param, length in zip(batch.params, lengths, strict=True)
-    ]
-    return {
-        layout: work_list([n if own == layout else 0 for n, own in zip(blocks, layouts, strict=True)], per_program)
-        for layout in dict.fromkeys(layouts)
-        if (per_program := blocks_per_program(layout))
-    }
 
 
 @triton.jit
@@ -234,7 +192,7 @@ def address(table_ptr, tensor, COLUMN: tl.constexpr):
 @triton.jit
 def pointer(table_ptr, tensor, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The pointer in a column; ALIGNED promises a multiple of 16 bytes, which makes loads 16 bytes wide."""
-    result = address(table_ptr, tensor, COLUMN).to(tl.pointer_type(TYPE))
+    result = tl.load(table_ptr + tensor.to(tl.int64) * TABLE_COLUMNS + COLUMN).to(tl.pointer_type(TYPE))
     if ALIGNED:  # a hint on what a function returned would be lost: it goes on the pointer
         result = tl.multiple_of(result, 16)
     return result

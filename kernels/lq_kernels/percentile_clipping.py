@@ -8,51 +8,31 @@
     a zero or absent gradient is neither clipped nor recorded
     a norm that is NaN or infinite leaves the tensor, its state and its step untouched, and is counted
 
-Source of the method: bitsandbytes before 0.50, whose rule let zeros and infinities into the history.
+With one norm over all tensors each of them keeps the same history, and a norm that is not finite leaves all of them
+untouched; it is counted for those whose own gradient is not finite.
 
-`prepare` is the part of an optimizer step that is the same for every algorithm: it advances each tensor's step and
-writes its facts, four float32: the factor of the gradient (negative to maximise), 1 - beta1^step,
-sqrt(1 - beta2^step), and whether the tensor takes part. Nothing is read back by the host.
+Source of the method: bitsandbytes before 0.50, whose rule let zeros and infinities into the history.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lq_kernels._triton import tl, triton
-from lq_kernels.multi_tensor import COUNTS, GRAD, HISTORY, NUMEL, STEP, Batch, State, address, pointer
+from lq_kernels.multi_tensor import COUNTS, GRAD, HISTORY, NUMEL, State, address, pointer
+from lq_kernels.optimizer_batch import Batch, triton_type
 
 HISTORY_LENGTH = 100
 RECORDED, CLIPPED, SKIPPED = range(3)  # "gnorm_counts": norms recorded, gradients clipped, non-finite ones skipped
+SCOPES = ("tensor", "global")
 
-_CHUNK = 8192  # values per program of the norm; its sum is exact to (log2(8192) + 1) 2^-24
+_TILE = 8192  # values that a program reads at a time; their sum is exact to (log2(8192) + 1) 2^-24
 _SUMS = 1024  # partial sums added at a time
 
 _LENGTH = tl.constexpr(HISTORY_LENGTH)
 _PADDED_LENGTH = tl.constexpr(128)
 _SUMS_AT_A_TIME = tl.constexpr(_SUMS)
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """What `prepare` needs to know: betas without bias correction are 0; `percentile` None is no clipping."""
-
-    betas: tuple[float, float] = (0.0, 0.0)
-    percentile: int | None = None
-    maximize: bool = False
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What an update reads about a tensor."""
-
-    factor: float
-    bias1: float  # 1 - beta1^step
-    sqrt_bias2: float  # sqrt(1 - beta2^step)
-    active: bool
 
 
 def new_history(device: torch.device) -> State:
@@ -63,10 +43,19 @@ def new_history(device: torch.device) -> State:
     }
 
 
-def percentile_factor(norm: float, history: Tensor, counts: Tensor, percentile: int) -> float | None:
-    """The factor of a gradient with this norm, None to skip it; `history` and `counts` are brought up to date."""
+def squared_norm(grad: Tensor | None) -> float:
+    return 0.0 if grad is None else float(grad.float().square().sum())  # sum() adds pairwise, vector_norm in a row
+
+
+def percentile_factor(
+    norm: float, history: Tensor, counts: Tensor, percentile: int, counted: bool = True
+) -> float | None:
+    """The factor of a gradient with this norm, None to skip it; `history` and `counts` are brought up to date.
+
+    `counted` False leaves the counter of skipped gradients as it is.
+    """
     if not math.isfinite(norm):
-        counts[SKIPPED] += 1
+        counts[SKIPPED] += counted
         return None
     if norm == 0:
         return 1.0
@@ -80,86 +69,64 @@ def percentile_factor(norm: float, history: Tensor, counts: Tensor, percentile: 
     return limit / norm
 
 
-def prepare(batch: Batch, grads: Sequence[Tensor | None], how: Preparation) -> list[Facts]:
-    """The reference of `launch_prepare`."""
-    return [_prepare_one(grad, state, how) for grad, state in zip(grads, batch.states, strict=True)]
+def last_factors(history: Tensor, counts: Tensor, percentile: int) -> Tensor:
+    """history (n, 100), counts (n, 3) -> (n,) float32: the factor of each tensor's last recorded gradient, 1 before the
+    first. Nothing waits for the device.
+    """
+    recorded = counts[:, RECORDED].long()
+    norm = history.gather(1, ((recorded - 1) % HISTORY_LENGTH)[:, None])[:, 0]
+    limit = history.sort(dim=1).values[:, percentile]
+    return torch.where(recorded > 0, limit / norm, 1.0).clamp(max=1.0)
 
 
-_INACTIVE = Facts(0.0, 0.0, 0.0, active=False)
-
-
-def _prepare_one(grad: Tensor | None, state: State, how: Preparation) -> Facts:
-    if grad is None:
-        return _INACTIVE
-    factor: float | None = 1.0
-    if how.percentile is not None:
-        norm = float(grad.float().square().sum().sqrt())  # sum() adds pairwise, vector_norm in a row
-        factor = percentile_factor(norm, state["gnorm_history"], state["gnorm_counts"], how.percentile)
-    if factor is None:
-        return _INACTIVE
-    step = float(state["step"].add_(1))
-    beta1, beta2 = how.betas
-    return Facts(-factor if how.maximize else factor, 1 - beta1**step, math.sqrt(1 - beta2**step), active=True)
-
-
-def launch_prepare(batch: Batch, grads: Sequence[Tensor | None], table: Tensor, how: Preparation) -> Tensor:
-    """Facts (tensors, 4) float32 on the device; one launch, with clipping two."""
+def launch_squares(batch: Batch, table: Tensor) -> None:
+    """Partial sums of the squares of the gradients of a batch, into its `norms`."""
     data = batch.launch_data()
-    work, first_chunk, partials = data.chunks(_CHUNK) if how.percentile is not None else (data.facts,) * 3
-    if how.percentile is not None and len(work):
-        _squares_kernel[(len(work),)](
+    sums = data.norms()
+    if len(sums.work):
+        _squares_kernel[(len(sums.work),)](
             table,
-            work,
-            partials,
+            sums.work,
+            sums.partials,
             GRAD_TYPE=triton_type(batch.grad_type),
-            ALIGNED=data.table.aligned,
-            CHUNK=_CHUNK,
+            ALIGNED=data.addresses.aligned,
+            TILE=_TILE,
             num_warps=8,
         )
-    _prepare_kernel[(len(batch.params),)](
-        table,
-        partials,
-        first_chunk,
-        data.facts,
-        *(math.log(beta) if beta > 0 else -math.inf for beta in how.betas),
-        -1.0 if how.maximize else 1.0,
-        how.percentile or 0,
-        CLIP=how.percentile is not None,
-    )
-    return data.facts
-
-
-def triton_type(dtype: torch.dtype) -> tl.dtype:
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
 @triton.jit
 def _squares_kernel(
-    table_ptr, work_ptr, partials_ptr, GRAD_TYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
+    table_ptr, work_ptr, partials_ptr, GRAD_TYPE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr
 ):
     """The sum of squares of each chunk, added in one order: the same result every time."""
     program = tl.program_id(0)
-    tensor = tl.load(work_ptr + program * 2)
-    start = tl.load(work_ptr + program * 2 + 1).to(tl.int64) * CHUNK
+    tensor = tl.load(work_ptr + program * 3)
+    start = tl.load(work_ptr + program * 3 + 1).to(tl.int64) * 256
+    end = tl.minimum(tl.load(work_ptr + program * 3 + 2).to(tl.int64) * 256, address(table_ptr, tensor, NUMEL))
     grad_ptr = pointer(table_ptr, tensor, GRAD, GRAD_TYPE, ALIGNED)
-    remaining = tl.where(address(table_ptr, tensor, GRAD) == 0, 0, address(table_ptr, tensor, NUMEL) - start)
-    lane = tl.arange(0, CHUNK)
-    if remaining >= CHUNK:
+    end = tl.where(address(table_ptr, tensor, GRAD) == 0, start, end)
+    lane = tl.arange(0, TILE)
+    total = tl.zeros([TILE], tl.float32)
+    while start + TILE <= end:
         grad = tl.load(grad_ptr + start + lane).to(tl.float32)
-    else:
-        grad = tl.load(grad_ptr + start + lane, mask=lane < remaining, other=0.0).to(tl.float32)
-    tl.store(partials_ptr + program, tl.sum(grad * grad))
+        total += grad * grad
+        start += TILE
+    if start < end:
+        grad = tl.load(grad_ptr + start + lane, mask=lane < end - start, other=0.0).to(tl.float32)
+        total += grad * grad
+    tl.store(partials_ptr + program, tl.sum(total))
 
 
 @triton.jit
-def _norm(partials_ptr, first, last):
-    """sqrt of the sum of partials[first:last]."""
+def sum_of_partials(partials_ptr, first, last, STRIDE: tl.constexpr):
+    """partials[first : last] of a column, added in one order."""
     lane = tl.arange(0, _SUMS_AT_A_TIME)
     total = tl.zeros([_SUMS_AT_A_TIME], tl.float32)
     while first < last:
-        total += tl.load(partials_ptr + first + lane, mask=first + lane < last, other=0.0)
+        total += tl.load(partials_ptr + (first + lane) * STRIDE, mask=first + lane < last, other=0.0)
         first += _SUMS_AT_A_TIME
-    return tl.sqrt_rn(tl.sum(total))
+    return tl.sum(total)
 
 
 @triton.jit
@@ -178,36 +145,22 @@ def _limit(history_ptr, norm, recorded, keep, percentile):
 
 
 @triton.jit
-def _bias(log_beta, step):
-    """1 - beta^step; in float64, since float32 loses four digits where beta^step is close to 1."""
-    return (1.0 - tl.exp(step.to(tl.float64) * log_beta)).to(tl.float32)
-
-
-@triton.jit
-def _prepare_kernel(
-    table_ptr, partials_ptr, first_chunk_ptr, facts_ptr, log_beta1, log_beta2, sign, percentile, CLIP: tl.constexpr
-):
-    tensor = tl.program_id(0)
-    active = address(table_ptr, tensor, GRAD) != 0
-    factor = 1.0
-    if CLIP:
-        norm = _norm(partials_ptr, tl.load(first_chunk_ptr + tensor), tl.load(first_chunk_ptr + tensor + 1))
-        finite = norm < float("inf")
-        keep = active & finite & (norm > 0)
-        counts_ptr = pointer(table_ptr, tensor, COUNTS, tl.int32, False)
-        recorded = tl.load(counts_ptr)
-        history_ptr = pointer(table_ptr, tensor, HISTORY, tl.float32, False)
-        limit = _limit(history_ptr, norm, recorded, keep, percentile)
-        clip = keep & (norm > limit)
-        factor = tl.where(clip, tl.div_rn(limit, tl.where(clip, norm, 1.0)), 1.0)
-        tl.store(counts_ptr, recorded + 1, mask=keep)
-        tl.store(counts_ptr + 1, tl.load(counts_ptr + 1) + 1, mask=clip)
-        tl.store(counts_ptr + 2, tl.load(counts_ptr + 2) + 1, mask=active & (finite == 0))
-        active = active & finite
-    step_ptr = pointer(table_ptr, tensor, STEP, tl.float32, False)
-    step = tl.load(step_ptr) + 1.0
-    tl.store(step_ptr, step, mask=active)
-    tl.store(facts_ptr + tensor * 4, factor * sign)
-    tl.store(facts_ptr + tensor * 4 + 1, _bias(log_beta1, step))
-    tl.store(facts_ptr + tensor * 4 + 2, tl.sqrt_rn(_bias(log_beta2, step)))
-    tl.store(facts_ptr + tensor * 4 + 3, active.to(tl.float32))
+def clip(table_ptr, tensor, partials_ptr, first_ptr, all_ptr, all_count, there, percentile, GLOBAL: tl.constexpr):
+    """The factor of a tensor's gradient and whether its step is taken; history and counters are brought up to date."""
+    squares = sum_of_partials(partials_ptr, tl.load(first_ptr + tensor), tl.load(first_ptr + tensor + 1), 1)
+    skipped = there & ((squares < float("inf")) == 0)
+    if GLOBAL:
+        squares = sum_of_partials(all_ptr, tl.full([], 0, tl.int32), all_count, 1)
+        there = there | (squares >= 0)
+    norm = tl.sqrt_rn(squares)
+    finite = norm < float("inf")
+    keep = there & finite & (norm > 0)
+    counts_ptr = pointer(table_ptr, tensor, COUNTS, tl.int32, False)
+    recorded = tl.load(counts_ptr)
+    limit = _limit(pointer(table_ptr, tensor, HISTORY, tl.float32, False), norm, recorded, keep, percentile)
+    clipped = keep & (norm > limit)
+    factor = tl.where(clipped, tl.div_rn(limit, tl.where(clipped, norm, 1.0)), 1.0)
+    tl.store(counts_ptr, recorded + 1, mask=keep)
+    tl.store(counts_ptr + 1, tl.load(counts_ptr + 1) + 1, mask=clipped)
+    tl.store(counts_ptr + 2, tl.load(counts_ptr + 2) + 1, mask=skipped)
+    return factor, finite

@@ -1,4 +1,4 @@
-"""ClipMonitor: how often percentile clipping acts, and how many gradients were not finite."""
+"""ClipMonitor: how often and how strongly percentile clipping acts, and how many gradients were not finite."""
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -7,8 +7,9 @@ from lq_plugin.optim.base import LowBitOptimizer
 
 
 class ClipMonitor(StepMonitor):
-    """Logs clip/share_clipped, of the gradients so far, and clip/skipped_nonfinite, the gradients whose tensors were
-    left alone because their norm was NaN or infinite; the first of those is a warning with the names of the tensors.
+    """Logs clip/share_clipped, of the gradients so far; clip/factor, by which the last gradients were multiplied, the
+    mean over tensors; and clip/skipped_nonfinite, the gradients whose tensors were left alone because their norm was
+    NaN or infinite. The first of those is a warning with the names of the tensors.
     """
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:

@@ -1,39 +1,40 @@
-"""Adam with 8-bit or float32 state: torch.optim.Adam's arithmetic, weight decay as L2."""
+"""Adam with state in few bits: torch.optim.Adam's arithmetic, weight decay as L2."""
 
 from typing import Any
 
 import torch
-from lq_kernels.multi_tensor import Batch
-from lq_kernels.optimizer_8bit import Adam, adam_step
+from lq_kernels.adam_rules import Adam as AdamRule
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lq_plugin.optim.base import LowBitOptimizer
-from lq_plugin.optim.options import Options, checked_percentile, refuse
 
 
-class AdamUpdate(LowBitOptimizer):
+class AdamStep(LowBitOptimizer):
     """The step that Adam and AdamW share; which of the two is in the param_group, as in torch."""
 
-    def update(self, group: dict[str, Any], batch: Batch, grads: list[Tensor | None]) -> None:
-        adam = Adam(
+    takes_update_clip = True
+
+    def rule(self, group: dict[str, Any]) -> AdamRule:
+        return AdamRule(
             lr=group["lr"],
+            maximize=group["maximize"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             decoupled=group["decoupled_weight_decay"],
-            maximize=group["maximize"],
-            percentile=checked_percentile(group["percentile_clipping"]),
+            stable=group["update_clip"] == "rms",
         )
-        adam_step(batch, grads, adam)
+
+    def moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
 
 
-class Adam8bit(AdamUpdate, torch.optim.Adam):
-    """torch.optim.Adam with state in 8 bits; `weight_decay` is L2, as in torch.
+class Adam(AdamStep, torch.optim.Adam):
+    """torch.optim.Adam; `weight_decay` is L2, as in torch. The arguments after torch's are those of `Options`.
 
-    The arguments after `decoupled_weight_decay` are those of `Options`. `capturable` is accepted and changes nothing:
-    every step can be captured in a CUDA graph once each parameter has taken one. For a learning rate that changes
-    between replays pass `lr` as a tensor on the parameters' device.
+    `capturable` is accepted and changes nothing: every step can be captured in a CUDA graph once each parameter has
+    taken one. For a learning rate that changes between replays pass `lr` as a tensor on the parameters' device.
     """
 
     def __init__(
@@ -51,15 +52,10 @@ class Adam8bit(AdamUpdate, torch.optim.Adam):
         fused: bool | None = None,
         differentiable: bool = False,
         decoupled_weight_decay: bool = False,
-        state: str = "8bit",
-        percentile_clipping: int | None = None,
-        min_8bit_size: int = 4096,
-        block_size: int = 256,
-        embedding_state: str = "32bit",
+        **options: Any,
     ) -> None:
-        options = Options(state, percentile_clipping, min_8bit_size, block_size, embedding_state)
-        torch_arguments = {"amsgrad": amsgrad, "differentiable": differentiable, "foreach": foreach, "fused": fused}
-        refuse(type(self).__name__, torch_arguments | {"betas": betas})
+        chosen = self.options_of(options)
+        self.refuse(amsgrad=amsgrad, differentiable=differentiable, foreach=foreach, fused=fused, betas=betas)
         super().__init__(
             params,
             lr,
@@ -70,4 +66,14 @@ class Adam8bit(AdamUpdate, torch.optim.Adam):
             capturable=capturable,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        self.adopt(options)
+        self.adopt(chosen)
+
+
+class Adam8bit(Adam):
+    """Adam whose state is kept in 8 bits unless `state` says otherwise."""
+
+    default_state = "8bit"
+
+
+class Adam32bit(Adam):
+    """Adam whose state is kept in float32 unless `state` says otherwise."""

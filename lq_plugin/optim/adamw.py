@@ -1,19 +1,19 @@
-"""AdamW with 8-bit or float32 state: torch.optim.AdamW's arithmetic, weight decay decoupled."""
+"""AdamW with state in few bits: torch.optim.AdamW's arithmetic, weight decay decoupled."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lq_plugin.optim.adam import AdamUpdate
-from lq_plugin.optim.options import Options, refuse
+from lq_plugin.optim.adam import AdamStep
 
 
-class AdamW8bit(AdamUpdate, torch.optim.AdamW):
-    """torch.optim.AdamW with state in 8 bits.
+class AdamW(AdamStep, torch.optim.AdamW):
+    """torch.optim.AdamW. The arguments after `differentiable` are those of `Options`.
 
-    The arguments after `differentiable` are those of `Options`. `capturable` is accepted and changes nothing: every
-    step can be captured in a CUDA graph once each parameter has taken one. For a learning rate that changes between
-    replays pass `lr` as a tensor on the parameters' device.
+    `capturable` is accepted and changes nothing: every step can be captured in a CUDA graph once each parameter has
+    taken one. For a learning rate that changes between replays pass `lr` as a tensor on the parameters' device.
     """
 
     def __init__(
@@ -30,14 +30,19 @@ class AdamW8bit(AdamUpdate, torch.optim.AdamW):
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
-        state: str = "8bit",
-        percentile_clipping: int | None = None,
-        min_8bit_size: int = 4096,
-        block_size: int = 256,
-        embedding_state: str = "32bit",
+        **options: Any,
     ) -> None:
-        options = Options(state, percentile_clipping, min_8bit_size, block_size, embedding_state)
-        torch_arguments = {"amsgrad": amsgrad, "differentiable": differentiable, "foreach": foreach, "fused": fused}
-        refuse(type(self).__name__, torch_arguments | {"betas": betas})
+        chosen = self.options_of(options)
+        self.refuse(amsgrad=amsgrad, differentiable=differentiable, foreach=foreach, fused=fused, betas=betas)
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, capturable=capturable)
-        self.adopt(options)
+        self.adopt(chosen)
+
+
+class AdamW8bit(AdamW):
+    """AdamW whose state is kept in 8 bits unless `state` says otherwise."""
+
+    default_state = "8bit"
+
+
+class AdamW32bit(AdamW):
+    """AdamW whose state is kept in float32 unless `state` says otherwise."""

@@ -1,25 +1,38 @@
-"""What the optimizers with few-bit state share: which tensors go together into a launch, and how state begins.
+"""What the optimizers with few-bit state share: how a step goes, how state begins, and what it is called in messages.
 
-A subclass has a torch.optim parent, from which it takes the constructor's checks, param_groups, hooks and
-zero_grad, and gives `update`, one step over the tensors of a batch. State is created at a parameter's first gradient
-and never moves between 8 and 32 bits after that; what it is can be read from its keys.
+A subclass gives `rule`, the arithmetic of a param group's step. One with a torch.optim parent takes from it the
+constructor's checks, param_groups, hooks and zero_grad. State is created at a parameter's first gradient and never
+changes its format after that; what it is can be read from its keys and types.
 """
 
-import operator
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from lq_kernels.multi_tensor import Batch, State
-from lq_kernels.optimizer_state import new_state
-from lq_kernels.percentile_clipping import CLIPPED, RECORDED, SKIPPED, new_history
+from lq_kernels.multi_tensor import State
+from lq_kernels.optimizer_rules import Rule
+from lq_kernels.optimizer_state import format_of, new_state
+from lq_kernels.optimizer_step import Job
+from lq_kernels.percentile_clipping import CLIPPED, RECORDED, SKIPPED, last_factors, new_history
 from torch import Tensor
 
-from lq_plugin.optim.options import FORMAT, Options, check_state, checked_percentile, keeps_8bit_state, refuse
+from lq_plugin.optim.gradient_release import GradientRelease
+from lq_plugin.optim.offload import Offload, Resident
+from lq_plugin.optim.options import (
+    DROPPED,
+    Options,
+    check_options,
+    check_released,
+    checked_percentile,
+    code_names,
+    moment_bytes,
+    refuse,
+    state_format,
+)
+from lq_plugin.optim.plan import How, Plan, Planned, check_shared_norm
 from lq_plugin.optim.state_dict import loaded
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,79 +41,109 @@ PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EMBEDDING_NAME = re.compile(r"(^|_)emb|embed|^wte$|^wpe$")
 
 
-@dataclass(eq=False)
-class _Plan:
-    """Batches by param group, and what they were made from."""
-
-    groups: list["_GroupPlan"] = field(default_factory=list)
-    state_tensors: list[Tensor] = field(default_factory=list)
-    captured: list[Batch] = field(default_factory=list)  # a CUDA graph reads their tables
-
-    def clear(self) -> None:
-        self.captured += [batch for group in self.groups for batch, _ in group.batches if batch.captured]
-        self.groups.clear()
-        self.state_tensors.clear()
-
-
-@dataclass(eq=False)
-class _GroupPlan:
-    params: list[Tensor]
-    grad_types: list[torch.dtype | None]  # None: no state yet
-    percentile: int | None
-    batches: list[tuple[Batch, list[int]]]
-
-    def fits(self, group: dict[str, Any], grads: list[Tensor | None]) -> bool:
-        return (
-            self.percentile == checked_percentile(group["percentile_clipping"])
-            and len(self.params) == len(group["params"])
-            and all(map(operator.is_, self.params, group["params"]))
-            and self._fit_types([None if grad is None else grad.dtype for grad in grads])
-            and all(batch.params[0].device == batch.device for batch, _ in self.batches)
-        )
-
-    def _fit_types(self, types: list[torch.dtype | None]) -> bool:
-        """Equal, as in almost every step, or absent where a batch knows what to expect."""
-        return types == self.grad_types or all(
-            actual is None or actual is known for actual, known in zip(types, self.grad_types, strict=True)
-        )
+def check_hyper(hyper: Mapping[str, Any]) -> None:
+    """Raises ValueError for hyper-parameters out of range, of optimizers whose parent does not check them."""
+    for name, value in hyper.items():
+        if name == "betas":
+            if any(not 0 <= beta < 1 for beta in value):
+                raise ValueError(f"betas are in [0, 1), got {value!r}")
+        elif value is not None and not value >= 0:
+            raise ValueError(f"{name} cannot be negative, got {value!r}")
 
 
 class LowBitOptimizer(torch.optim.Optimizer):
     """Base of the optimizers whose state is an argument; not to be used alone."""
 
+    default_state: ClassVar[str] = "32bit"
+    default_offload: ClassVar[bool] = False
+    takes_update_clip: ClassVar[bool] = False
+    updates_tensors_apart: ClassVar[bool] = True  # else neither offload nor gradient_release
+
+    memory: Resident  # where states are between steps, and how they come to the kernels
+    releases_gradients: bool
+    _release: GradientRelease
     _names: list[tuple[Tensor, str]]
     _embeddings: list[Tensor]
     _warned_skipped: bool
-    _plan: _Plan
+    _plan: Plan
 
-    def update(self, group: dict[str, Any], batch: Batch, grads: list[Tensor | None]) -> None:
-        """One step of the algorithm over a batch, in place; a gradient of None leaves its tensor alone."""
+    def rule(self, group: dict[str, Any]) -> Rule:
+        """The arithmetic of a step with the hyper-parameters of a param group."""
         raise NotImplementedError
+
+    def moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """What torch's state calls the moments of `rule`, in its order."""
+        raise NotImplementedError
+
+    @classmethod
+    def options_of(cls, arguments: dict[str, Any]) -> Options:
+        """The options among a constructor's arguments; raises TypeError for others."""
+        unknown = sorted(arguments.keys() - Options.__dataclass_fields__.keys())
+        if unknown:
+            raise TypeError(f"{cls.__name__} got {', '.join(unknown)}; it takes the options {_OPTION_NAMES}")
+        return Options(**{"state": cls.default_state, "offload": cls.default_offload, **arguments})
+
+    @classmethod
+    def check_running(cls, options: Options) -> None:
+        """Raises ValueError for options that an optimizer of this class cannot run with."""
+        if (options.offload or options.gradient_release) and not cls.updates_tensors_apart:
+            raise ValueError(f"{cls.__name__} updates tensors together: leave out offload and gradient_release")
+
+    def refuse(self, **arguments: Any) -> None:
+        """Raises for arguments of the torch parent that are set and that we do not compute."""
+        refuse(type(self).__name__, arguments)
 
     def adopt(self, options: Options) -> None:
         """Writes options and state format into defaults and param_groups, where a checkpoint finds them."""
+        self.check_running(options)
+        self.memory = Offload() if options.offload else Resident()
+        self.releases_gradients = options.gradient_release
         self._set_up()
-        entries = options.as_group()
-        self.defaults.update(entries)
+        self.defaults.update(options.as_group())
         for group in self.param_groups:
-            for key, value in entries.items():
-                group.setdefault(key, value)
+            self._complete_group(group, self.defaults)
             self.check_group(group)
+        self.start_gradient_release()
+
+    def start_gradient_release(self) -> None:
+        """Hooks on all parameters, if the options ask for them; again after `stop_gradient_release`."""
+        if self.releases_gradients:
+            self._release.attach()
+
+    def stop_gradient_release(self) -> None:
+        """Takes the hooks away: gradients stay until `step`, which computes the same."""
+        self._release.detach()
 
     def _set_up(self) -> None:
-        for name, value in (("_names", []), ("_embeddings", []), ("_warned_skipped", False), ("_plan", _Plan())):
+        if "_release" not in self.__dict__:
+            self._release = GradientRelease(self)
+        for name, value in (("_names", []), ("_embeddings", []), ("_warned_skipped", False), ("_plan", Plan())):
             self.__dict__.setdefault(name, value)
+
+    def _complete_group(self, group: dict[str, Any], options: Mapping[str, Any]) -> None:
+        for key in Options().as_group():
+            group.setdefault(key, options[key])
+        for key, value in code_names(self.rule(group).signs).items():
+            group.setdefault(key, value)
 
     def check_group(self, group: dict[str, Any]) -> None:
         refuse(type(self).__name__, group)
-        check_state("state", group["state"])
-        check_state("embedding_state", group["embedding_state"])
-        checked_percentile(group["percentile_clipping"])
+        check_options(group)
+        if group["update_clip"] is not None and not self.takes_update_clip:
+            raise ValueError(f"{type(self).__name__} has no update_clip, Adam and AdamW have; leave it out")
+        if self.releases_gradients:
+            check_released(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if "format_version" in self.defaults:  # else torch's constructor is running, and `adopt` checks
-            self.check_group(self.defaults | param_group)
         super().add_param_group(param_group)
+        if "format_version" in self.defaults:  # else torch's constructor is running, and `adopt` checks
+            try:
+                self._complete_group(self.param_groups[-1], self.defaults)
+                self.check_group(self.param_groups[-1])
+            except ValueError:
+                self.param_groups.pop()
+                raise
+            self.start_gradient_release()
 
     def mark_embeddings(self, parameters: Iterable[Tensor]) -> None:
         """Says which parameters are embeddings; state that exists already stays as it is."""
@@ -135,10 +178,19 @@ class LowBitOptimizer(torch.optim.Optimizer):
         components = (self._constructor_name(param) or "").split(".")
         return any(known is param for known in self._embeddings) or any(map(_EMBEDDING_NAME.search, components))
 
+    def state_format(self, group: dict[str, Any], param: Tensor) -> str:
+        """The kernels' name for the format in which state created now for `param` would be kept."""
+        return state_format(param, group, self._is_embedding(param))
+
     def keeps_8bit_state(self, group: dict[str, Any], param: Tensor) -> bool:
-        """Whether state created now for `param` would be in 8 bits."""
-        names = ("state", "min_8bit_size", "block_size", "embedding_state")
-        return keeps_8bit_state(param, Options(**{name: group[name] for name in names}), self._is_embedding(param))
+        """Whether state created now for `param` would be in the 8-bit codes of the dynamic map."""
+        return self.state_format(group, param) == "dynamic"
+
+    def state_bytes(self, group: dict[str, Any], param: Tensor) -> tuple[int, int]:
+        """Bytes of the moments of `param`: torch's, in its own type, and ours. Steps and norms are left out."""
+        moments = len(self.moment_names(group))
+        before = moments * param.numel() * param.element_size()
+        return before, moments * moment_bytes(param, self.state_format(group, param))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -147,38 +199,49 @@ class LowBitOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [[param.grad for param in group["params"]] for group in self.param_groups]
-        self._plan_for(grads)
-        for group, plan, of_group in zip(self.param_groups, self._plan.groups, grads, strict=True):
-            for batch, indices in plan.batches:
-                self.update(group, batch, [of_group[i] for i in indices])
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        if not self._release.updated_all(grads):
+            rules = list(map(self.rule, self.param_groups))
+            self._plan_for(params, grads, rules)
+            self.memory.step([self._job(planned, grads, rules) for planned in self._plan.batches])
+        self._release.finish()
+        self.memory.join()
         return loss
 
-    def _plan_for(self, grads: list[list[Tensor | None]]) -> None:
+    def _job(self, planned: Planned, grads: list[Tensor | None], rules: list[Rule]) -> Job:
+        seeds = [self.param_groups[i]["rounding_seed"] for i in planned.groups] if planned.how.stochastic else None
+        return Job(planned.batch, planned.grads(grads), [rules[i] for i in planned.groups], planned.how.clipping, seeds)
+
+    def _plan_for(self, params: list[Tensor], grads: list[Tensor | None], rules: list[Rule]) -> None:
         """Makes the batches again if parameters, types or state tensors are not those they were made from."""
-        layouts = {grad.layout for of_group in grads for grad in of_group if grad is not None}
-        if not layouts <= {torch.strided}:
+        hows = list(map(How.of, self.param_groups, rules))
+        if not {grad.layout for grad in grads if grad is not None} <= {torch.strided}:
             self._check_types(grads)
-        present = list(chain.from_iterable(map(dict.values, self.state.values())))
-        known = self._plan.state_tensors
-        if (
-            len(self._plan.groups) == len(self.param_groups)
-            and len(known) == len(present)
-            and all(map(operator.is_, known, present))
-            and all(map(_GroupPlan.fits, self._plan.groups, self.param_groups, grads))
-        ):
+        if self._plan.fits(params, grads, hows, self.state):
             return
         self._check_types(grads)
-        self._plan.clear()
-        self._plan.groups += map(self._plan_group, self.param_groups, grads)
-        self._plan.state_tensors += chain.from_iterable(map(dict.values, self.state.values()))
+        check_shared_norm(hows)
+        of_group = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+        for param, grad, i in zip(params, grads, of_group, strict=True):
+            if grad is not None or self.state.get(param):
+                self._ready_state(self.param_groups[i], rules[i], param)
+        self._plan.make(params, grads, hows, of_group, self.state)
 
-    def _check_types(self, grads: list[list[Tensor | None]]) -> None:
-        for group, of_group in zip(self.param_groups, grads, strict=True):
-            for param, grad in zip(group["params"], of_group, strict=True):
-                if grad is not None:
-                    self._check_tensor(param, param, "parameters")
-                    self._check_tensor(param, grad, "gradients")
+    def _check_types(self, grads: list[Tensor | None]) -> None:
+        places = [(group, param) for group in self.param_groups for param in group["params"]]
+        for (group, param), grad in zip(places, grads, strict=True):
+            if grad is not None:
+                self._check_type(group, param, grad)
+
+    def _check_type(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
+        self._check_tensor(param, param, "parameters")
+        self._check_tensor(param, grad, "gradients")
+        if param.dtype == torch.float16 and (group["stochastic_rounding"] or group["master_weights"] == "8bit"):
+            raise TypeError(
+                f"{type(self).__name__} rounds stochastically and keeps 8-bit master weights for bfloat16; "
+                f"{self.describe(param)} has {param.dtype}. Nothing was updated; take master_weights='32bit'."
+            )
 
     def _check_tensor(self, param: Tensor, tensor: Tensor, what: str) -> None:
         if hasattr(tensor, "device_mesh"):
@@ -193,47 +256,59 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 f"{kind}. Nothing was updated; give this parameter an optimizer of torch's."
             )
 
-    def _plan_group(self, group: dict[str, Any], grads: list[Tensor | None]) -> _GroupPlan:
-        params, percentile = group["params"], checked_percentile(group["percentile_clipping"])
-        grad_types: list[torch.dtype | None] = []
-        members: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
-        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            if grad is None and not self.state.get(param):
-                grad_types.append(None)
-                continue
-            self._ready_state(group, param)
-            grad_type = param.dtype if grad is None else grad.dtype
-            grad_types.append(grad_type)
-            members.setdefault((param.device, param.dtype, grad_type), []).append(i)
-        batches = [
-            (Batch([params[i] for i in indices], [self.state[params[i]] for i in indices], grad_type), indices)
-            for (_, _, grad_type), indices in members.items()
-        ]
-        return _GroupPlan(list(params), grad_types, percentile, batches)
+    def make_ready(self, index: int, param: Tensor, grad: Tensor) -> None:
+        """Checks a parameter of group number `index` and its gradient, and creates what its state lacks."""
+        group = self.param_groups[index]
+        self._check_type(group, param, grad)
+        self._ready_state(group, self.rule(group), param)
 
-    def _ready_state(self, group: dict[str, Any], param: Tensor) -> None:
-        """Creates what is missing of a parameter's state, and follows the parameter to its device."""
+    def _ready_state(self, group: dict[str, Any], rule: Rule, param: Tensor) -> None:
+        """Creates what is missing of a parameter's state, and puts all of it where it is kept between steps."""
         state: State = self.state[param]
-        if not state:
-            if param.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(f"{self.describe(param)} has no state yet: run one step before CUDA graph capture")
-            state.update(new_state(param, self.keeps_8bit_state(group, param)))
+        if not state and param.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{self.describe(param)} has no state yet: run one step before CUDA graph capture")
+        kind = format_of(state) if {"codes1", "state1"} & state.keys() else self.state_format(group, param)
+        last = len(rule.signs)
+        if not state or (last and not {f"codes{last}", f"state{last}"} & state.keys()):
+            for key, value in new_state(param, kind, rule.signs, rule.initial).items():
+                state.setdefault(key, value)
         if checked_percentile(group["percentile_clipping"]) is not None and "gnorm_history" not in state:
             state.update(new_history(param.device))
+        if group["master_weights"] is not None and param.dtype != torch.float32 and "master" not in state:
+            state["master"] = _new_master(param, group["master_weights"])
+        self._put_home(param, state)
+
+    def _put_home(self, param: Tensor, state: State) -> None:
         for key, value in state.items():
-            if value.device != param.device:
-                state[key] = value.to(param.device)
+            state[key] = self.memory.at_home(param, key, value)
+
+    def bring_state_home(self) -> None:
+        """Puts states where they are kept between steps, after something has moved them; the next step does it too."""
+        for param, state in self.state.items():
+            self._put_home(param, state)
 
     def clip_statistics(self) -> dict[str, Tensor]:
-        """Of all steps so far, as tensors on the device: the share of recorded gradients that were clipped, and how
-        many were skipped because their norm was not finite. Nothing waits; see `read_clip_statistics`.
+        """As tensors on the device: of all steps so far the share of recorded gradients that were clipped, and how many
+        were skipped because their norm was not finite; and the factor by which each tensor's last recorded gradient
+        was multiplied, the mean over the tensors that are clipped. Nothing waits; see `read_clip_statistics`.
         """
-        counts = [state["gnorm_counts"] for state in self.state.values() if "gnorm_counts" in state]
-        if not counts:
+        clipped: dict[int | None, list[State]] = {}
+        for group in self.param_groups:
+            states = (self.state[param] for param in group["params"] if "gnorm_counts" in self.state.get(param, ()))
+            clipped.setdefault(checked_percentile(group["percentile_clipping"]), []).extend(states)
+        total = _stacked("gnorm_counts", list(chain.from_iterable(clipped.values()))).sum(dim=0)
+        if not len(total):
             return {}
-        total = torch.stack([count.to(counts[0].device, non_blocking=True) for count in counts]).sum(dim=0)
+        factors = [
+            last_factors(_stacked("gnorm_history", states), _stacked("gnorm_counts", states), percentile)
+            for percentile, states in clipped.items()
+            if percentile is not None and states
+        ]
         share = total[CLIPPED] / total[RECORDED].clamp(min=1)
-        return {"clip/share_clipped": share, "clip/skipped_nonfinite": total[SKIPPED]}
+        statistics = {"clip/share_clipped": share, "clip/skipped_nonfinite": total[SKIPPED]}
+        return statistics | (
+            {"clip/factor": torch.cat([of.to(share.device) for of in factors]).mean()} if factors else {}
+        )
 
     def read_clip_statistics(self) -> dict[str, float]:
         """`clip_statistics` as numbers, for a monitor: waits for the device, and at the first skipped gradient warns
@@ -253,6 +328,15 @@ class LowBitOptimizer(torch.optim.Optimizer):
             )
         return statistics
 
+    def wait_for_state(self) -> None:
+        """Returns when `state` may be read on the host; with offload it may still be on its way there after a step."""
+        self.memory.wait()
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, after `wait_for_state`."""
+        self.wait_for_state()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state_dict of this class or of its torch parent, whose moments are converted.
 
@@ -268,12 +352,34 @@ class LowBitOptimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_names": self._names, "_embeddings": self._embeddings}
+        self.wait_for_state()
+        kept = ("_names", "_embeddings", "releases_gradients")
+        offloads = isinstance(self.memory, Offload)
+        return super().__getstate__() | {name: self.__dict__[name] for name in kept} | {"offloads": offloads}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = state.copy()
+        if "memory" not in self.__dict__:  # a copy, or from a file
+            self.memory = Offload() if state.pop("offloads") else Resident()
         super().__setstate__(state)
         self._set_up()
         self._plan.clear()
+        defaults = Options().as_group() | {key: value for key, value in self.defaults.items() if key not in DROPPED}
         for group in self.param_groups:
-            for key, value in FORMAT.items():
-                group.setdefault(key, value)
+            self._complete_group(group, defaults)
+        self.start_gradient_release()
+
+
+_OPTION_NAMES = ", ".join(Options.__dataclass_fields__)
+
+
+def _stacked(key: str, states: Sequence[State]) -> Tensor:
+    """One row for each state, on the device of the first."""
+    rows = [state[key] for state in states]
+    return torch.stack([row.to(rows[0].device, non_blocking=True) for row in rows]) if rows else torch.empty(0, 0)
+
+
+def _new_master(param: Tensor, kind: str) -> Tensor:
+    if kind == "32bit":
+        return param.detach().float().contiguous()
+    return torch.zeros(param.shape, dtype=torch.int8, device=param.device)

@@ -5,6 +5,7 @@ torch's own load_state_dict casts every state tensor to the parameter's type, wh
 
 import logging
 from collections import defaultdict
+from collections.abc import Set
 from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,14 @@ from lq_kernels.optimizer_state import new_state, store_moment
 from lq_kernels.percentile_clipping import new_history
 from torch import Tensor
 
-from lq_plugin.optim.options import DROPPED, FORMAT, refuse
+from lq_plugin.optim.options import DROPPED, FORMAT, Options, code_names, refuse
 
 if TYPE_CHECKING:
     from lq_plugin.optim.base import LowBitOptimizer
 
 logger = logging.getLogger("lq_plugin")
 
-_TORCH_MOMENTS = {"1": "exp_avg", "2": "exp_avg_sq"}
+_ADDED = {"param_names", *Options().as_group()}  # kept where a state_dict of ours does not say otherwise
 
 
 def loaded(optimizer: "LowBitOptimizer", state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -41,30 +42,37 @@ def loaded(optimizer: "LowBitOptimizer", state_dict: dict[str, Any]) -> dict[str
         if saved_id not in group_of:
             raise ValueError(f"the state_dict has state for parameter {saved_id!r}, which is in none of its groups")
         group, param = group_of[saved_id]
-        if is_torch_state(saved_state):
+        if is_torch_state(optimizer, group, saved_state):
             state[param] = convert_state(optimizer, group, param, saved_state)
             converted += 1
-        else:
-            state[param] = _own_state(optimizer, param, saved_state)
+        elif saved_state:
+            state[param] = _own_state(optimizer, group, param, saved_state)
     if converted:
         logger.info("%s: converted torch's state of %d tensors", type(optimizer).__name__, converted)
     return {"state": state, "param_groups": groups}
 
 
-def is_torch_state(state: dict[str, Any]) -> bool:
-    return any(key in state for key in _TORCH_MOMENTS.values())
+def is_torch_state(optimizer: "LowBitOptimizer", group: dict[str, Any], state: dict[str, Any]) -> bool:
+    return any(name in state for name in optimizer.moment_names(group))
 
 
 def convert_state(optimizer: "LowBitOptimizer", group: dict[str, Any], param: Tensor, saved: dict[str, Any]) -> State:
-    """torch's Adam state as ours: moments quantised where this parameter's state is kept in 8 bits."""
-    where = optimizer.describe(param)
-    _check_keys(where, saved, {"step", *_TORCH_MOMENTS.values()})
-    state = new_state(param, optimizer.keeps_8bit_state(group, param))
-    state["step"].fill_(float(saved["step"]))
-    for i, key in _TORCH_MOMENTS.items():
-        _check_shape(where, key, saved[key], param.shape)
-        store_moment(state, i, saved[key].to(device=param.device, dtype=torch.float32))
-    return state
+    """torch's state as ours: moments quantised where this parameter's state is kept in few bits.
+
+    SGD counts no steps and may have no momentum yet: a buffer that is there has taken one at least.
+    """
+    where, names = optimizer.describe(param), optimizer.moment_names(group)
+    step = float(saved.get("step", 1))
+    if step == 0 or all(saved.get(name) is None for name in names):
+        return {}
+    _check_keys(where, saved.keys() - {"step"}, set(names))
+    signs = optimizer.rule(group).signs
+    state = new_state(param, optimizer.state_format(group, param), signs)
+    state["step"].fill_(step)
+    for i, (name, signed) in enumerate(zip(names, signs, strict=True), 1):
+        _check_shape(where, name, saved[name], param.shape)
+        store_moment(state, i, saved[name].to(device=param.device, dtype=torch.float32), signed)
+    return {key: optimizer.memory.at_home(param, key, value) for key, value in state.items()}
 
 
 def _check_groups(optimizer: "LowBitOptimizer", saved_groups: list[dict[str, Any]]) -> None:
@@ -74,8 +82,8 @@ def _check_groups(optimizer: "LowBitOptimizer", saved_groups: list[dict[str, Any
         raise ValueError(
             f"the state_dict has param groups of {saved_sizes} parameters, {type(optimizer).__name__} has {sizes}"
         )
-    for group in saved_groups:
-        for key, expected in FORMAT.items():
+    for group, own in zip(saved_groups, optimizer.param_groups, strict=True):
+        for key, expected in (FORMAT | code_names(optimizer.rule(own | group).signs)).items():
             if group.get(key, expected) != expected:
                 raise ValueError(
                     f"the state_dict was written with {key}={group[key]!r}, this version reads {expected!r}: "
@@ -89,34 +97,39 @@ def _check_groups(optimizer: "LowBitOptimizer", saved_groups: list[dict[str, Any
 
 def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """`saved` with the parameters of `group`, and with its options where `saved` is torch's and has none."""
-    kept = {key: value for key, value in group.items() if key in FORMAT or key == "param_names"}
-    if "format_version" not in saved:
-        kept = {key: value for key, value in group.items() if key not in saved}
+    own = "format_version" in saved
+    kept = {key: value for key, value in group.items() if (key in _ADDED or not own) and key not in saved}
     return kept | saved | {"params": group["params"], **dict.fromkeys(DROPPED)}
 
 
-def _own_state(optimizer: "LowBitOptimizer", param: Tensor, saved: dict[str, Any]) -> State:
+def _own_state(optimizer: "LowBitOptimizer", group: dict[str, Any], param: Tensor, saved: dict[str, Any]) -> State:
     """Tensors of our own format, on the parameter's device, their types unchanged."""
     where = optimizer.describe(param)
-    eight_bit = "codes1" in saved
-    if eight_bit and param.ndim < 2:
+    if "codes1" in saved and param.ndim < 2:
         raise ValueError(f"{where}: the state_dict has 8-bit state, which needs two dimensions or more")
-    expected = new_state(param.to("meta"), eight_bit)
+    kind = "float32" if "codes1" not in saved else "dynamic"
+    if kind == "dynamic" and torch.as_tensor(saved["codes1"]).dtype == torch.float8_e4m3fn:
+        kind = "e4m3"
+    expected = new_state(param.to("meta"), kind, optimizer.rule(group).signs)
     if "gnorm_history" in saved:
         expected |= new_history(torch.device("meta"))
-    _check_keys(where, saved, set(expected))
+    if "master" in saved:
+        correction = torch.as_tensor(saved["master"]).dtype == torch.int8
+        expected["master"] = torch.empty_like(param, device="meta", dtype=torch.int8 if correction else torch.float32)
+    _check_keys(where, saved.keys(), set(expected))
     state: State = {}
     for key, like in expected.items():
         value = torch.as_tensor(saved[key])
         _check_shape(where, key, value, like.shape)
         if value.dtype != like.dtype:
             raise ValueError(f"{where}: {key} is {value.dtype}, expected {like.dtype}: was the state_dict cast?")
-        state[key] = value.detach().to(param.device).clone(memory_format=torch.contiguous_format)
+        own = value.detach().clone(memory_format=torch.contiguous_format)
+        state[key] = optimizer.memory.at_home(param, key, own)
     return state
 
 
-def _check_keys(where: str, saved: dict[str, Any], expected: set[str]) -> None:
-    missing, unknown = sorted(expected - saved.keys()), sorted(saved.keys() - expected)
+def _check_keys(where: str, saved: Set[str], expected: set[str]) -> None:
+    missing, unknown = sorted(expected - saved), sorted(saved - expected)
     if missing or unknown:
         raise ValueError(f"{where}: the state_dict lacks {missing} and has unknown {unknown}")
 

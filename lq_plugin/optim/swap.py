@@ -13,13 +13,24 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from lq_plugin.optim.adagrad import Adagrad8bit
 from lq_plugin.optim.adam import Adam8bit
 from lq_plugin.optim.adamw import AdamW8bit
 from lq_plugin.optim.base import LowBitOptimizer
+from lq_plugin.optim.muon import Muon8bit
 from lq_plugin.optim.options import DROPPED, Options, refuse
+from lq_plugin.optim.rmsprop import RMSprop8bit
+from lq_plugin.optim.sgd import SGD8bit
 from lq_plugin.optim.state_dict import convert_state
 
-TWINS: dict[type[Optimizer], type[LowBitOptimizer]] = {torch.optim.AdamW: AdamW8bit, torch.optim.Adam: Adam8bit}
+TWINS: dict[type[Optimizer], type[LowBitOptimizer]] = {
+    torch.optim.AdamW: AdamW8bit,
+    torch.optim.Adam: Adam8bit,
+    torch.optim.SGD: SGD8bit,
+    torch.optim.RMSprop: RMSprop8bit,
+    torch.optim.Adagrad: Adagrad8bit,
+    torch.optim.Muon: Muon8bit,
+}
 
 
 @dataclass(frozen=True)
@@ -55,12 +66,16 @@ def become(
     """
     if isinstance(optimizer, LowBitOptimizer):
         _introduce(optimizer, names, embeddings)
+        optimizer.start_gradient_release()
         return Swap(type(optimizer), type(optimizer))
     before, after = type(optimizer), twin_of(type(optimizer))
     if after is None:
         raise TypeError(f"{before.__name__} has no twin with few-bit state; there is one for {_known()}")
     for group in optimizer.param_groups:
         refuse(after.__name__, group, accepted=DROPPED)
+    if options.update_clip is not None and not after.takes_update_clip:
+        raise ValueError(f"{after.__name__} has no update_clip, Adam and AdamW have; leave it out")
+    after.check_running(options)
     scheduled = optimizer.__dict__.get("step")  # a scheduler's wrapper, bound to the class of before
     if scheduled is not None and not hasattr(scheduled, "_wrapped_by_lr_sched"):
         raise TypeError(f"this {before.__name__} has a step of its own, {scheduled!r}; it would be lost")
@@ -94,7 +109,7 @@ def _convert_states(optimizer: LowBitOptimizer) -> int:
         for param in group["params"]:
             if optimizer.state.get(param):
                 optimizer.state[param] = convert_state(optimizer, group, param, optimizer.state[param])
-                converted += 1
+                converted += bool(optimizer.state[param])
     return converted
 
 

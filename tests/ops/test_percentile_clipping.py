@@ -4,16 +4,13 @@ import math
 
 import pytest
 import torch
-from lq_kernels import percentile_clipping
-from lq_kernels.multi_tensor import Batch, State
+from lq_kernels import optimizer_batch, percentile_clipping
+from lq_kernels.adam_rules import Adam
+from lq_kernels.multi_tensor import State
+from lq_kernels.optimizer_batch import Batch
+from lq_kernels.optimizer_facts import Clipping, Facts, launch_prepare, prepare
 from lq_kernels.optimizer_state import new_state
-from lq_kernels.percentile_clipping import (
-    Preparation,
-    launch_prepare,
-    new_history,
-    percentile_factor,
-    prepare,
-)
+from lq_kernels.percentile_clipping import launch_squares, new_history, percentile_factor
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -74,10 +71,22 @@ def test_a_norm_that_is_not_finite_skips_the_step_and_is_counted(norm: float) ->
 SHAPES = [(300,), (3, 1000), (), (16384,), (8193,), (0,), (5,)]
 
 
+def rule(betas: tuple[float, float] = (0.9, 0.999), maximize: bool = False) -> Adam:
+    return Adam(lr=1e-2, betas=betas, eps=1e-8, weight_decay=0.0, maximize=maximize)
+
+
 def batch(device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
     params = [torch.zeros(shape, dtype=dtype, device=device) for shape in SHAPES]
-    states = [new_state(param, False) | new_history(device) for param in params]
+    states = [new_state(param, "float32", (True, False)) | new_history(device) for param in params]
     return Batch(params, states, dtype)
+
+
+def launched(of: Batch, grads: list[Tensor | None], how: Adam, clipping: Clipping) -> list[list[float]]:
+    """The rows of facts that the kernels write."""
+    table = of.launch_data().addresses.refresh(of.params, grads)
+    if clipping.percentile is not None:
+        launch_squares(of, table)
+    return launch_prepare(of, table, [how], [0], clipping, None).tolist()
 
 
 def gradients(step: int, dtype: torch.dtype) -> list[Tensor | None]:
@@ -87,9 +96,17 @@ def gradients(step: int, dtype: torch.dtype) -> list[Tensor | None]:
         grads[0] = torch.zeros(SHAPES[0])
     if step == 2:
         grads[1] = None
-        grads[3][16383] = math.nan  # type: ignore[index]
-        grads[4][8192] = -math.inf  # type: ignore[index]
+        grads[3][16383] = math.nan
+        grads[4][8192] = -math.inf
     return [None if grad is None else grad.to(dtype) for grad in grads]
+
+
+def assert_facts_agree(row: list[float], want: Facts) -> None:
+    assert row[0] == want.active
+    if want.active:
+        # float32 against float64; norms are sums of 2^14 squares, added in another order: 15 roundings
+        assert row[1] == pytest.approx(want.factor, rel=2.0**-20)
+        assert row[4 : 4 + len(want.numbers)] == pytest.approx(want.numbers, rel=2.0**-20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -97,19 +114,14 @@ def gradients(step: int, dtype: torch.dtype) -> list[Tensor | None]:
 def test_kernels_give_the_facts_of_the_reference(
     percentile: int | None, dtype: torch.dtype, device: torch.device
 ) -> None:
-    how = Preparation((0.9, 0.999), percentile, maximize=percentile == 50)
+    how, clipping = rule(maximize=percentile == 50), Clipping(percentile)
     expected, got = batch(CPU, dtype), batch(device, dtype)
     for step in range(5):
         grads = gradients(step, dtype)
-        reference = prepare(expected, grads, how)
+        reference = prepare(expected, grads, [how], clipping)
         on_device = [None if grad is None else grad.to(device) for grad in grads]
-        table = got.launch_data().table.refresh(got.params, on_device)
-        facts = launch_prepare(got, on_device, table, how).cpu()
-        for want, row in zip(reference, facts.tolist(), strict=True):
-            assert row[3] == want.active
-            if want.active:
-                # float32 against float64; norms are sums of 2^14 squares, added in another order: 15 roundings
-                assert row[:3] == pytest.approx([want.factor, want.bias1, want.sqrt_bias2], rel=2.0**-20)
+        for want, row in zip(reference, launched(got, on_device, how, clipping), strict=True):
+            assert_facts_agree(row, want)
         for ours, theirs in zip(got.states, expected.states, strict=True):
             assert torch.equal(ours["step"].cpu(), theirs["step"])
             assert torch.equal(ours["gnorm_counts"].cpu(), theirs["gnorm_counts"])
@@ -118,31 +130,44 @@ def test_kernels_give_the_facts_of_the_reference(
             )
 
 
+def single(device: torch.device, grad: Tensor) -> Batch:
+    state = new_state(grad, "float32", (True, False)) | new_history(device)
+    return Batch([grad], [state], torch.float32)
+
+
 def test_bias_correction_is_exact_where_beta_to_the_step_is_close_to_one(device: torch.device) -> None:
-    params = [torch.zeros(1, device=device)]
-    states = [new_state(params[0], False)]
-    how = Preparation((0.0, 0.999999))
-    one = Batch(params, states, torch.float32)
-    table = one.launch_data().table.refresh(params, params)
+    one = single(device, torch.zeros(1, device=device))
     for step in range(1, 4):
-        facts = launch_prepare(one, params, table, how)[0].tolist()
-        assert facts == pytest.approx([1, 1, math.sqrt(1 - 0.999999**step), 1], rel=1e-6)
+        (row,) = launched(one, one.params, rule(betas=(0.0, 0.999999)), Clipping())
+        assert row[10:12] == pytest.approx([1, (1 - 0.999999**step) ** -0.5], rel=1e-6)
 
 
 def test_the_norm_adds_up_more_chunks_than_it_reads_at_a_time(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(percentile_clipping, "_CHUNK", 16)
-    grad = torch.ones(16 * 1024 + 17, device=device)
-    one = Batch([grad], [new_state(grad, False) | new_history(device)], torch.float32)
-    launch_prepare(one, [grad], one.launch_data().table.refresh([grad], [grad]), Preparation(percentile=5))
-    assert one.states[0]["gnorm_history"][0].item() == pytest.approx(math.sqrt(16 * 1024 + 17))
+    monkeypatch.setattr(optimizer_batch, "_CHUNK", 256)
+    monkeypatch.setattr(percentile_clipping, "_TILE", 256)
+    monkeypatch.setattr(percentile_clipping, "_SUMS_AT_A_TIME", percentile_clipping.tl.constexpr(16))
+    grad = torch.ones(256 * 40 + 17, device=device)
+    one = single(device, grad)
+    launched(one, [grad], rule(), Clipping(5))
+    assert one.states[0]["gnorm_history"][0].item() == pytest.approx(math.sqrt(256 * 40 + 17))
+
+
+@pytest.mark.parametrize("numel", [1, 255, 8192, 8193, 3 * 8192 + 5])
+def test_programs_add_up_all_tiles_of_their_chunk(
+    numel: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer_batch, "_CHUNK", 2 * 8192)
+    grad = torch.arange(1, numel + 1, device=device).remainder(7).float()
+    one = single(device, grad)
+    launched(one, [grad], rule(), Clipping(5))
+    assert one.states[0]["gnorm_history"][0].item() == pytest.approx(float(grad.square().sum()) ** 0.5, rel=1e-6)
 
 
 def test_norms_repeat_to_the_bit(device: torch.device) -> None:
     grad = torch.randn(100_000, device=device)
-    one, how = Batch([grad], [new_state(grad, False) | new_history(device)], torch.float32), Preparation(percentile=99)
-    table = one.launch_data().table.refresh([grad], [grad])
+    one = single(device, grad)
     for _ in range(3):
-        launch_prepare(one, [grad], table, how)
+        launched(one, [grad], rule(), Clipping(99))
     assert len(one.states[0]["gnorm_history"][:3].unique()) == 1
