@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-slow test-gpu check clean
+.PHONY: train test test-slow test-gpu mutate check clean
 
 train: $(READY)
 	$(BIN)/python -m recipes.train experiment=bytes_gpt
@@ -17,11 +17,14 @@ test-slow: $(READY)
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m "gpu or not slow" tests/ops
 
+mutate: $(READY)
+	$(BIN)/python tests/ops/mutate.py --jobs $$(nproc)
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not integration"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not integration and not thorough"
 
 clean:
 	rm -rf $(VENV) dist

@@ -99,7 +99,7 @@ def facts(kernel: Any, gpu: Gpu) -> dict[str, Any]:
     if gpu.target.backend != "cuda":
         return {"shared": shared, "fused": kernel.metadata.enable_fp_fusion}
     usage, sass = disassemble(kernel.asm["cubin"])
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", sass, re.MULTILINE)
     return {
         "shared": shared,

@@ -7,7 +7,12 @@ import json
 import sys
 
 import launches_blockwise
+import launches_blockwise_4bit
+import launches_fake_quantize
+import launches_gradient_percentile
+import launches_muon
 import launches_optimizer
+import launches_outliers
 import launches_rowwise
 import launches_scaled_mm
 from compile_only import GPUS, LaunchTable, compile_all
@@ -16,7 +21,12 @@ LAUNCHES: LaunchTable = {
     **launches_rowwise.LAUNCHES,
     **launches_scaled_mm.LAUNCHES,
     **launches_blockwise.LAUNCHES,
+    **launches_blockwise_4bit.LAUNCHES,
     **launches_optimizer.LAUNCHES,
+    **launches_muon.LAUNCHES,
+    **launches_outliers.LAUNCHES,
+    **launches_fake_quantize.LAUNCHES,
+    **launches_gradient_percentile.LAUNCHES,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,33 @@
+"""Mutations that change nothing a test could see, and why: (function, kind, piece before) -> reason; "*" is any."""
+
+_SAME_BYTE = "1.5 * 2^23 + n has the same lowest byte as an integer and as the bits of a float32"
+_NOT_STORED = "what is loaded beyond the end is not stored; test_overruns.py holds the addresses"
+_SAME_BITS = "the path with masks gives the same bits, it is only slower"
+_PROMISE = "a promise to the compiler: a GPU would fault, the interpreter does not read it"
+
+EXPLAINED: dict[tuple[str, str, str], str] = {
+    ("*", "int64 cast dropped", "*"): "differs from 2^31 elements on, which the tests marked gpu go beyond",
+    ("pointer", "condition negated", "ALIGNED"): _PROMISE,
+    ("int8_nearest", "bitcast to cast", "*"): _SAME_BYTE,
+    ("encode_signed", "bitcast to cast", "*"): _SAME_BYTE,
+    ("encode_unsigned", "bitcast to cast", "*"): _SAME_BYTE,
+    ("_dequantize_kernel", "< to <=", "block * WIDTH < numel"): _NOT_STORED,
+    ("_dequantize_kernel", "mask dropped", "*"): _NOT_STORED,
+    ("_dequantize_kernel", "other changed", "*"): _NOT_STORED,
+    ("_quantize_long_kernel", "mask dropped", "*"): _NOT_STORED,
+    ("load_tile", "other changed", "*"): "every caller asks for 0",
+    ("flat_tile", "<= to <", "start + TILE <= numel"): _SAME_BITS,
+    ("flat_tile", "threshold off by one", "start + TILE <= numel"): _SAME_BITS,
+    ("_line", "constant changed", "code_ptr + _CODES - 1"): "any end keeps buckets ascending; the last makes them fine",
+    ("_quantize_tile_kernel", "other changed", "*"): "the bits 1 are a subnormal amax, which counts as 0",
+    ("mantissa_stochastic", "< to <=", "*"): "at the smallest normal number both spacings are the same",
+    ("encode_signed", "< to <=", "v < 0"): "at 0 the distance from the code of zero is 0, whatever its sign",
+}
+
+
+def explanation(function: str, kind: str, before: str) -> str | None:
+    for where in (function, "*"):
+        for piece in (before, "*"):
+            if (where, kind, piece) in EXPLAINED:
+                return EXPLAINED[where, kind, piece]
+    return None
