@@ -378,7 +378,7 @@ def test_a_second_fit_with_the_same_optimizer_releases_again(tmp_path: Path) -> 
         ({"gradient_clip_val": 1.0}, "clipping at 1.0 needs all gradients"),
         ({"precision": "16-mixed"}, "16-mixed unscales gradients"),
     ],
-    ids=str,
+    ids=["accumulation", "scheduled accumulation", "clipping", "scaled gradients"],
 )
 def test_lightning_refuses_what_needs_gradients_later(tmp_path: Path, arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
