@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU"),
 ]
 
-LARGEST = 4096  # values in a tensor
+LARGEST = 12288  # values in a tensor: up to three tiles of most kernels
 
 
 def small(name: str) -> list[tuple[Any, ...]]:

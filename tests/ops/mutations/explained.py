@@ -3,6 +3,8 @@
 _SAME_BYTE = "1.5 * 2^23 + n has the same lowest byte as an integer and as the bits of a float32"
 _NOT_STORED = "what is loaded beyond the end is not stored; test_overruns.py holds the addresses"
 _SAME_BITS = "the path with masks gives the same bits, it is only slower"
+_SAME_RECIPROCAL = "1 * (1 / x) rounds as div_rn in the interpreter; on a GPU, where it does not, parity shows it"
+_TIMES_ZERO = "what it is multiplied by is 0 there"
 _PROMISE = "a promise to the compiler: a GPU would fault, the interpreter does not read it"
 
 EXPLAINED: dict[tuple[str, str, str], str] = {
@@ -21,6 +23,30 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ("_line", "constant changed", "code_ptr + _CODES - 1"): "any end keeps buckets ascending; the last makes them fine",
     ("_quantize_tile_kernel", "other changed", "*"): "the bits 1 are a subnormal amax, which counts as 0",
     ("mantissa_stochastic", "< to <=", "*"): "at the smallest normal number both spacings are the same",
+    ("_quantize_4bit_kernel", "division by reciprocal", "*"): _SAME_RECIPROCAL,
+    ("_fake_quantize_blocks_kernel", "division by reciprocal", "*"): _SAME_RECIPROCAL,
+    ("_fake_quantize_blocks_kernel", "threshold off by one", 'scale < float("inf")'): "infinity - 1 is infinity",
+    ("_fake_quantize_tensor_kernel", "threshold off by one", "scale > 0"): "with a scale of 0 every code stands for 0",
+    ("_column_codes_kernel", "other changed", "*"): _NOT_STORED,
+    ("_column_codes_kernel", "half of a mask dropped", "*"): "the other programs of a strip store the same scale",
+    ("add_outliers", "< to <=", "first < count"): "one more step adds zeros",
+    ("_mixed_scaled_mm_kernel", "other changed", "*"): _TIMES_ZERO,
+    ("_outlier_columns_kernel", "other changed", "*"): _TIMES_ZERO,
+    ("_outlier_columns_kernel", "mask dropped", "*"): "the columns that it then reads are masked by the same condition",
+    ("_add_far_outlier", "other changed", "*"): _TIMES_ZERO,
+    ("_mixed_scaled_mm_tma_kernel", "other changed", "*"): "without outliers nothing is added",
+    ("_mixed_scaled_mm_tma_kernel", "mask dropped", "*"): "what is loaded ahead of the end is not added",
+    ("_quantize_scales_kernel", "division by reciprocal", "*"): _SAME_RECIPROCAL,
+    ("_quantize_scales_kernel", "other changed", "*"): "the next line masks it again",
+    ("_dequantize_scales_kernel", "other changed", "*"): _NOT_STORED,
+    ("_rescale_kernel", "other changed", "*"): _NOT_STORED,
+    (
+        "_rank",
+        "bitcast to cast",
+        "*",
+    ): "1.5 * 2^23 + n has the same low bits as an integer and as the bits of a float32",
+    ("_mark", "< to <=", "column < K"): "beyond K the values are 0, below any threshold",
+    ("_mark", "half of a mask dropped", "*"): "found is 1 where there is no outlier",
     ("encode_signed", "< to <=", "v < 0"): "at 0 the distance from the code of zero is 0, whatever its sign",
 }
 
