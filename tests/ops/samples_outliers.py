@@ -50,9 +50,7 @@ def matrices() -> Samples:
         yield f"at the threshold {dtype}", (cut_out(at_the_threshold(dtype)), THRESHOLD)
     yield "heavy tails", (cut_out(heavy_tailed(70, 200)), 3.0)
     yield "threshold that is no 16-bit number", (cut_out(heavy_tailed(20, 200, torch.float16)), 2.1)
-    for dtype in FLOATS[1:]:
-        rounded = torch.tensor(6.1, dtype=dtype)  # below 6.1
-        yield f"a threshold that rounds down {dtype}", (torch.stack([rounded, -rounded / 2])[None], 6.1)
+    yield "a threshold that bfloat16 rounds down", (torch.tensor([[6.1, -3.0]]).bfloat16(), 6.1)
     yield "at a threshold that float32 rounds", (torch.tensor([[2.1, 1.0], [0.5, -2.1]]), 2.1)
     yield "no outliers", (cut_out(torch.randn(37, 100)), 100.0)
     yield "outliers only", (cut_out(heavy_tailed(37, 100)[:-1] + 1), 1e-9)
