@@ -45,7 +45,7 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "bitcast to cast",
         "*",
     ): "1.5 * 2^23 + n has the same low bits as an integer and as the bits of a float32",
-    ("_inliers", "statement dropped", "*"): "the comparison with a float32 threshold, and all that follows, promotes x anyway",
+    ("_inliers", "statement dropped", "*"): "a comparison with a float32 threshold promotes x anyway",
     ("_mark", "< to <=", "column < K"): "beyond K the values are 0, below any threshold",
     ("_mark", "half of a mask dropped", "*"): "found is 1 where there is no outlier",
     ("encode_signed", "< to <=", "v < 0"): "at 0 the distance from the code of zero is 0, whatever its sign",
