@@ -215,7 +215,8 @@ def launch_mixed_tma(
         LIMIT=_LIMIT,
         enable_fp_fusion=False,
     )
-    parts = min(2 * tile.parts_of(out.dtype), 4)
+    # Where loops are flattened int8 operands keep their place, and the outliers need more: the result gets less.
+    parts = max(2, tile.parts_of(out.dtype) * (2 if tile.flatten else 1))
     limits = device_limits(x.device)
     resident = min(tile.programs, limits.shared_memory // _shared_memory(tile, out.dtype, parts)) or 1
     _mixed_scaled_mm_tma_kernel[(min(tiles_m * tiles_n, resident * limits.multiprocessors),)](

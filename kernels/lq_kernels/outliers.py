@@ -67,26 +67,29 @@ def check_outliers(x: Tensor, threshold: float, name: str) -> None:
 
 
 @triton.jit
-def _mark(found_ptr, column_amax_ptr, column, K, threshold, largest, inlier_bits, BY_COLUMN: tl.constexpr):
-    """Marks the columns with an outlier among the largest values, and raises the amax of each to that of its inliers.
-
-    Maxima of integers, and the same 1 from whoever comes: the order of programs does not matter. Many stores to one
-    address take long, so a mark that is seen is not made again.
-    """
-    found_ptrs = found_ptr + column + tl.zeros(largest.shape, tl.int32)
-    outlier = (largest >= threshold) & (column < K)
-    found = tl.load(found_ptrs, mask=outlier, other=1, cache_modifier=".cg")
-    tl.store(found_ptrs, 1, mask=outlier & (found == 0))
-    if BY_COLUMN:
-        amax_bits = tl.max(inlier_bits, axis=0, keep_dims=True)
-        tl.atomic_max(column_amax_ptr + column, amax_bits, mask=(column < K) & (amax_bits > 0), sem="relaxed")
-
-
-@triton.jit
 def _inliers(x, threshold):
     """x as float32 with 0 for outliers, and |x|. A NaN is no outlier: no comparison with it holds."""
     x = x.to(tl.float32)
     return tl.where(tl.abs(x) >= threshold, 0.0, x), tl.abs(x)
+
+
+@triton.jit
+def _mark(found_ptr, column, K, threshold, largest):
+    """Marks the columns with an outlier among the largest values.
+
+    All programs store the same 1. Many stores to one address take long, so a mark that is seen is not made again.
+    """
+    found_ptrs = found_ptr + column + tl.zeros(largest.shape, tl.int32)
+    outlier = (largest >= threshold) & (column < K)
+    found = tl.load(found_ptrs, mask=outlier, other=1)
+    tl.store(found_ptrs, 1, mask=outlier & (found == 0))
+
+
+@triton.jit
+def _raise_amax(amax_ptr, column, K, bits):
+    """The amax of columns to that of these rows: a maximum of integers, whatever the order of programs."""
+    bits = tl.max(bits, axis=0, keep_dims=True)
+    tl.atomic_max(amax_ptr + column, bits, mask=(column < K) & (bits > 0), sem="relaxed")
 
 
 @triton.heuristics(
@@ -109,18 +112,19 @@ def _outlier_rows_kernel(
     stride_xk,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
     BY_COLUMN: tl.constexpr,
 ):
     """Codes with 0 for outliers, scales, marks of outlier columns and, if asked for, the amax of columns.
 
     Each program takes every num_programs-th BLOCK_M rows; rows that fit into a tile are read once, and what they say
-    about columns is kept in registers.
+    about columns is kept in registers. STAGES rows are read at a time.
     """
     column = tl.arange(0, BLOCK_K)[None, :].to(tl.int64)
     most = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    most_bits = tl.zeros([BLOCK_M, BLOCK_K], tl.int32)
-    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+    column_bits = tl.zeros([BLOCK_M, BLOCK_K], tl.int32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         # int64: row * stride passes 2^31 at 1M tokens x 4096
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
         rows = row < M
@@ -131,7 +135,7 @@ def _outlier_rows_kernel(
             most = tl.maximum(most, largest)
             bits = magnitude_bits(x)
             if BY_COLUMN:
-                most_bits = tl.maximum(most_bits, bits)
+                column_bits = tl.maximum(column_bits, bits)
             scale, factor, quantizable = scales(tl.max(bits, axis=1, keep_dims=True), _LARGEST, _SMALLEST_AMAX)
             codes = encode(x, factor, quantizable, None, tl.int8, _LARGEST)
             tl.store(codes_ptr + row * K + column, codes, mask=mask)
@@ -141,9 +145,11 @@ def _outlier_rows_kernel(
                 mask = rows & (start + column < K)
                 x = tl.load(x_ptr + row * stride_xm + (start + column) * stride_xk, mask=mask, other=0.0)
                 x, largest = _inliers(x, threshold)
+                _mark(found_ptr, start + column, K, threshold, largest)
                 bits = magnitude_bits(x)
                 row_bits = tl.maximum(row_bits, bits)
-                _mark(found_ptr, column_amax_ptr, start + column, K, threshold, largest, bits, BY_COLUMN)
+                if BY_COLUMN:
+                    _raise_amax(column_amax_ptr, start + column, K, bits)
             scale, factor, quantizable = scales(tl.max(row_bits, axis=1, keep_dims=True), _LARGEST, _SMALLEST_AMAX)
             for start in range(0, K, BLOCK_K):
                 mask = rows & (start + column < K)
@@ -153,7 +159,9 @@ def _outlier_rows_kernel(
                 tl.store(codes_ptr + row * K + start + column, codes, mask=mask)
         tl.store(scale_ptr + row, scale, mask=rows)
     if WHOLE_ROW:
-        _mark(found_ptr, column_amax_ptr, column, K, threshold, most, most_bits, BY_COLUMN)
+        _mark(found_ptr, column, K, threshold, most)
+        if BY_COLUMN:
+            _raise_amax(column_amax_ptr, column, K, column_bits)
 
 
 @triton.jit
@@ -200,8 +208,8 @@ def _clear_columns_kernel(
 _LONGEST_ROW = 16384  # values that a program keeps in registers, beside as many maxima of columns
 _ROW_TILE = 4096  # values in a tile of rows
 _LONG_ROW_STEP = 256  # along rows that are longer than _LONGEST_ROW
-_PROGRAMS = 2048  # at least, where there are so many tiles; beyond that each takes up to _TILES_OF_PROGRAM
-_TILES_OF_PROGRAM = 4  # each program stores the marks of its columns once
+_STAGES = 3  # rows in flight and in work, for each program
+_PROGRAMS = 16  # for each multiprocessor, at most: each marks its columns
 _PROGRAMS_BY_COLUMN = 4  # for each multiprocessor, at most: each adds its maximum to that of every column
 _BAND = 1024  # rows in which a program clears columns
 _STRIP = 32  # of these columns: those that share a sector of memory
@@ -252,11 +260,8 @@ def launch_rows(
     block_k = triton.next_power_of_2(max(K, 1))
     block_k = block_k if block_k <= _LONGEST_ROW else _LONG_ROW_STEP
     block_m = max(1, _ROW_TILE // block_k)
-    tiles = triton.cdiv(M, block_m)
-    programs = max(_PROGRAMS, triton.cdiv(tiles, _TILES_OF_PROGRAM))
-    if column_amax is not None:
-        programs = _PROGRAMS_BY_COLUMN * device_limits(x.device).multiprocessors
-    _outlier_rows_kernel[(min(programs, tiles),)](
+    programs = (_PROGRAMS if column_amax is None else _PROGRAMS_BY_COLUMN) * device_limits(x.device).multiprocessors
+    _outlier_rows_kernel[(min(programs, triton.cdiv(M, block_m)),)](
         x,
         codes,
         scale,
@@ -268,6 +273,7 @@ def launch_rows(
         *x.stride(),
         BLOCK_M=block_m,
         BLOCK_K=block_k,
+        STAGES=_STAGES,
         num_warps=min(max(4, block_k // 1024), 16),
         enable_fp_fusion=False,  # the product is rounded before it is rounded to an integer
     )
