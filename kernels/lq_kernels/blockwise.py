@@ -117,11 +117,10 @@ def _dequantize_blockwise_out_fake(codes: Tensor, scale: Tensor, code: Tensor, b
     check_out(out, "out", codes.shape, out.dtype, codes.device)
 
 
-def quantize_rows(x: Tensor, code: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, table: NearestTable, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tensor]:
     """x (rows, ...) float32 -> codes uint8 of its shape, scale (rows, ceil(numel / rows / block_size)) float32."""
     rows = x.reshape(x.shape[0], -1)
-    blocks = _in_blocks(rows, block_size)
-    codes, scale = _quantize_blocks(blocks, NearestTable.of(code))
+    codes, scale = _quantize_blocks(_in_blocks(rows, block_size), table)
     return codes.view(rows.shape[0], -1)[:, : rows.shape[1]].reshape(x.shape), scale.view(rows.shape[0], -1)
 
 
@@ -143,14 +142,16 @@ def _in_blocks(rows: Tensor, block_size: int) -> Tensor:
 def _quantize_blocks(blocks: Tensor, table: NearestTable) -> tuple[Tensor, Tensor]:
     amax = blocks.abs().amax(dim=1) if blocks.numel() else blocks.new_empty(0)
     scale = torch.where(amax < SMALLEST_SCALE, 0.0, amax)
-    quantizable = ((scale > 0) & scale.isfinite())[:, None]
-    # full_like: a reciprocal of IEEE on every device
-    inverse = torch.full_like(scale, 1.0) / torch.where(quantizable[:, 0], scale, 1.0)
-    return table.nearest(torch.where(quantizable, blocks * inverse[:, None], 0.0)), scale
+    # full_like: a reciprocal of IEEE on every device. That of infinity is 0.
+    inverse = torch.full_like(scale, 1.0) / torch.where(scale > 0, scale, torch.inf)
+    values = blocks * inverse[:, None]
+    if not scale.isfinite().all():
+        values = torch.where(scale.isfinite()[:, None], values, 0.0)
+    return table.nearest_number(values), scale
 
 
 def _dequantize_blocks(blocks: Tensor, scale: Tensor, code: Tensor) -> Tensor:
-    values = code.index_select(0, blocks.reshape(-1).int())
+    values = code.index_select(0, blocks.reshape(-1).long())
     return values.view(blocks.shape).mul_(scale[:, None])
 
 

@@ -39,7 +39,7 @@ def fake_quantize_blockwise(x: Tensor, code: Tensor, block_size: int, row_length
     out = _fake_quantize_blockwise_fake(x, code, block_size, row_length)
     if x.numel() == 0:
         return out
-    codes, scale = quantize_rows(x.reshape(-1, row_length).float(), code, block_size)
+    codes, scale = quantize_rows(x.reshape(-1, row_length).float(), NearestTable.of(code), block_size)
     return out.copy_(dequantize_rows(codes, scale, code, block_size).reshape(x.shape))
 
 

@@ -51,30 +51,39 @@ class NearestTable:
     comparisons: int
 
     @classmethod
-    def of(cls, code: Tensor) -> "NearestTable":
-        """Of a map (n,) float32 with n <= 256; ValueError unless it ascends."""
+    def of(cls, code: Tensor, keep_small: bool = False) -> "NearestTable":
+        """Of a map (n,) float32 with n <= 256; ValueError unless it ascends.
+
+        keep_small: only what is not above 0 has the code 0, of a map whose first value is 0.
+        """
         code = code.detach().cpu().contiguous()
-        return _table_of_bytes(code.numpy().tobytes())
+        return _table_of_bytes(code.numpy().tobytes(), keep_small)
 
     def nearest(self, v: Tensor) -> Tensor:
         """v float32 -> codes uint8 of its shape: the nearest value, ties to the lower index; NaN counts as 0."""
+        return self.nearest_number(v.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf))
+
+    def nearest_number(self, v: Tensor) -> Tensor:
+        """`nearest` where there is no NaN."""
         first, bounds = self.first.to(v.device), self.bounds.to(v.device)
-        flat = torch.where(v.isnan(), 0.0, v).reshape(-1)
+        flat = v.reshape(-1)
         if self.comparisons > _FEW:
             return torch.searchsorted(bounds[:-1], flat).to(torch.uint8).view(v.shape)
         bucket = (flat.view(torch.int32) >> 16).add_(1 << 15)
         codes = first.index_select(0, bucket)
         for _ in range(self.comparisons):
-            codes += flat > bounds.index_select(0, codes.int())
+            codes += flat > bounds.index_select(0, codes.long())  # int64: the faster index on a CPU
         return codes.view(v.shape)
 
 
 @cache
-def _table_of_bytes(code_bytes: bytes) -> NearestTable:
+def _table_of_bytes(code_bytes: bytes, keep_small: bool) -> NearestTable:
     code = torch.frombuffer(bytearray(code_bytes), dtype=torch.float32)
     if not (code.diff() >= 0).all():
         raise ValueError("a code book ascends, this one does not: sort it, code.sort().values")
     bounds = midpoints(code)
+    if keep_small:
+        bounds[0] = 0.0
     upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16
     ends = torch.stack([upper, upper | 0xFFFF]).view(torch.float32)
     of_ends = torch.searchsorted(bounds, ends)
@@ -110,7 +119,7 @@ def _quantize_values_fake(x: Tensor, code: Tensor) -> Tensor:
 def dequantize_values(codes: Tensor, code: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """codes uint8 of any shape, code (256,) float32 on their device -> code[codes] in `dtype` (16 or 32 bits)."""
     x = _dequantize_values_fake(codes, code, dtype)
-    return x.copy_(code.index_select(0, codes.reshape(-1).int()).view(codes.shape))
+    return x.copy_(code.index_select(0, codes.reshape(-1).long()).view(codes.shape))
 
 
 @dequantize_values.fake

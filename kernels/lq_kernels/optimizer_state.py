@@ -25,6 +25,7 @@ from lq_kernels.dynamic_map import (
 )
 from lq_kernels.e4m3 import decode_e4m3, dequantize_e4m3, encode_e4m3, quantize_e4m3, root_scale, value_scale
 from lq_kernels.multi_tensor import NUMEL, ROW_LENGTH, SCALE, STATE, State, address, pointer
+from lq_kernels.nearest import NearestTable
 
 FORMATS = ("float32", "dynamic", "e4m3")
 
@@ -80,20 +81,12 @@ def store_moment(state: State, i: int, moment: Tensor, signed: bool) -> None:
         state[f"state{i}"].copy_(moment)
         return
     if state[f"codes{i}"].dtype == torch.uint8:
-        codes, scale = quantize_rows(moment, dynamic_map(code_name(signed)))
-        if not signed:
-            codes = _kept_above_zero(codes, moment, scale)
+        table = NearestTable.of(dynamic_map(code_name(signed)), keep_small=not signed)
+        codes, scale = quantize_rows(moment, table)
     else:
         codes, scale = quantize_e4m3(moment, roots=not signed)
     state[f"codes{i}"].copy_(codes)
     state[f"scale{i}"].copy_(scale)
-
-
-def _kept_above_zero(codes: Tensor, moment: Tensor, scale: Tensor) -> Tensor:
-    """Code 1 for what would be 0 in a block that is not zero."""
-    columns = codes.numel() // max(codes.shape[0], 1)
-    zero_block = (scale == 0).repeat_interleave(BLOCK_SIZE, dim=1)[:, :columns].reshape(codes.shape)
-    return torch.where((codes == 0) & (moment > 0) & ~zero_block, 1, codes)
 
 
 @triton.jit

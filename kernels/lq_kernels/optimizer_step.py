@@ -11,7 +11,7 @@ done in torch, one tensor after the other.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ from lq_kernels.weight_rounding import (
 )
 
 T = TypeVar("T", Tensor, Tensor | None)
+
+_PART = 1 << 17  # elements of a float32 tensor and its moments that stay in a cache of 2 MB
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,20 @@ def step_reference(jobs: Sequence[Job]) -> None:
 
 
 def _update_one(param: Tensor, grad: Tensor, state: State, rule: Rule, facts: Facts, seed: Tensor | None) -> None:
+    for rows in _parts(param, whole=rule.measured or seed is not None):
+        part = {name: value[rows] if value.dim() else value for name, value in state.items()}
+        _update_part(param[rows], grad[rows], part, rule, facts, seed)
+
+
+def _parts(param: Tensor, whole: bool) -> list[Any]:
+    """Indices of parts of whole rows that stay in a CPU's cache between the operations of a step."""
+    rows = max(1, _PART * param.shape[0] // param.numel()) if param.dim() and param.numel() else 0
+    if whole or not rows or rows >= param.shape[0]:
+        return [...]
+    return [slice(start, start + rows) for start in range(0, param.shape[0], rows)]
+
+
+def _update_part(param: Tensor, grad: Tensor, state: State, rule: Rule, facts: Facts, seed: Tensor | None) -> None:
     p = _weight(param, state)
     g = grad.float() * facts.factor
     moments = [load_moment(state, i, signed) for i, signed in enumerate(rule.signs, 1)]
@@ -110,10 +126,10 @@ def _update_one(param: Tensor, grad: Tensor, state: State, rule: Rule, facts: Fa
 
 
 def _weight(param: Tensor, state: State) -> Tensor:
-    """A float32 copy of the weight, with the bits that its master keeps."""
+    """The weight in float32, with the bits that its master keeps; a float32 parameter is its own, not a copy."""
     master = state.get("master")
     if master is None:
-        return param.float().clone() if param.dtype == torch.float32 else param.float()
+        return param.float()
     if master.dtype == torch.int8:
         return join_weight(param, master)
     return torch.where(master.to(param.dtype) == param, master, param.float())
@@ -128,7 +144,8 @@ def _store(p: Tensor, param: Tensor, state: State, seed: Tensor | None) -> None:
         return
     if master is not None:
         master.copy_(p)
-    param.copy_(p if seed is None else round_stochastically(p, seed))
+    if p is not param:
+        param.copy_(p if seed is None else round_stochastically(p, seed))
 
 
 def launch_step(jobs: Sequence[Job]) -> None:

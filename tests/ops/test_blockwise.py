@@ -175,7 +175,7 @@ def test_writing_into_tensors_changes_their_version() -> None:
 
 def test_blocks_of_rows_do_not_cross_rows() -> None:
     x = torch.randn(3, 5, 100) * torch.tensor([1.0, 100.0, 1e-3])[:, None, None]
-    codes, scale = quantize_rows(x, SIGNED)
+    codes, scale = quantize_rows(x, NearestTable.of(SIGNED))
     assert codes.shape == x.shape
     assert torch.equal(scale[:, 1], x.view(3, 500)[:, 256:].abs().amax(1))
     for row in range(3):
