@@ -4,12 +4,13 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lq_kernels
 import pytest
+from mutations.children import Run, outcomes
 from mutations.explained import explanation
 from mutations.rules import RULES, Source
 from mutations.sources import PER_DEVICE_FUNCTION, PER_KERNEL, Function, Mutation, chosen, functions, of_kernel
@@ -31,7 +32,7 @@ def _doubled(x):
 
 @triton.jit
 def _double_kernel(x_ptr, out_ptr, n, stride_x, stride_out, SIZE: tl.constexpr):
-    offset = tl.arange(0, SIZE)
+    offset = tl.arange(0, SIZE).to(tl.int64)
     x = tl.load(x_ptr + offset * stride_x, mask=offset < n, other=0.0)
     tl.store(out_ptr + offset * stride_out, _doubled(x), mask=offset < n)
 
@@ -210,6 +211,14 @@ def test_a_broken_kernel_is_noticed_by_the_test_that_reaches_it(broken) -> None:
     assert "left out, since it fails before anything is broken: tests/test_toy.py::test_that_fails" in output
 
 
+def test_what_is_explained_does_not_count_as_a_survivor(broken) -> None:
+    output, _, of = broken
+    row = of("int64 cast dropped", "_double_kernel")
+    assert (row["noticed_by"], row["tests"]) == (None, 1)
+    assert "2^31" in row["explained"]
+    assert "1 explained (0 of them did not run)" in output
+
+
 def test_what_no_test_notices_survives_and_fails_the_run(broken) -> None:
     output, status, of = broken
     unseen = of("other changed", "_double_kernel")  # what is loaded beyond the mask is not stored
@@ -217,6 +226,34 @@ def test_what_no_test_notices_survives_and_fails_the_run(broken) -> None:
     assert of("store dropped", "_forgotten_kernel")["tests"] == 0
     assert "other=0.0" in output.partition("SURVIVED: ")[2]
     assert status == 1
+
+
+def test_a_test_that_does_not_end_is_ended_at_its_limit(tmp_path: Path) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_toy.py").write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
+    tests = ("test_toy.py::test_a", "test_toy.py::test_b")
+    run = Run(tmp_path, tmp_path, ("test_toy.py",), tests, limits={tests[1]: 0.2})
+    (outcome,) = outcomes([run], 1)
+    assert list(outcome.seconds) == [tests[0]]
+    assert outcome.running == tests[1]
+    assert "limit" in outcome.ended
+
+
+def test_runs_are_asked_for_when_they_can_begin(tmp_path: Path) -> None:
+    (tmp_path / "test_toy.py").write_text("def test_a(): pass\n")
+    asked = []
+
+    def runs() -> Iterator[Run]:
+        for number in range(4):
+            asked.append(number)
+            yield Run(tmp_path, tmp_path, ("test_toy.py",), ("test_toy.py::test_a",), limit=60.0 + number)
+
+    ended = 0
+    for outcome in outcomes(runs(), 2):
+        ended += 1
+        assert list(outcome.seconds) == ["test_toy.py::test_a"]
+        assert len(asked) <= 2 + ended
+    assert (ended, asked) == (4, [0, 1, 2, 3])
 
 
 def test_the_checkout_stays_as_it_is(broken, toy: Path) -> None:

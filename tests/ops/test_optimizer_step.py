@@ -2,115 +2,36 @@
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from lq_kernels import optimizer_batch
-from lq_kernels._triton import tl, triton
-from lq_kernels.adam_rules import LAMB, Adam, AdEMAMix
-from lq_kernels.adaptive_rules import Adagrad, RMSprop
-from lq_kernels.codebooks import dynamic_map
-from lq_kernels.e4m3 import decode_e4m3, encode_e4m3
-from lq_kernels.momentum_rules import LARS, SGD, Lion
+from lq_kernels.adam_rules import Adam
 from lq_kernels.multi_tensor import State, work_list
+from lq_kernels.muon_rules import MuonWeight
 from lq_kernels.optimizer_batch import Batch, Layout
 from lq_kernels.optimizer_facts import NO_CLIPPING, Clipping
 from lq_kernels.optimizer_rules import Rule
-from lq_kernels.optimizer_state import load_moment, new_state, store_moment
+from lq_kernels.optimizer_state import load_moment, new_state
 from lq_kernels.optimizer_step import Job, launch_step, optimizer_step, step_reference
-from lq_kernels.percentile_clipping import new_history
-from lq_kernels.weight_rounding import join_weight
+from optimizer_cases import (
+    ADAMW,
+    CLIPPED,
+    CPU,
+    FEW,
+    MARGIN,
+    RULES,
+    SHAPES,
+    Case,
+    every_tensor,
+    margins,
+    trained,
+    weight,
+    with_masters,
+)
 from torch import Tensor
-
-CPU = torch.device("cpu")
-MOMENTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
-ADAMW = Adam(lr=1e-2, decoupled=True, **MOMENTS)
-CLIPPED = Clipping(5)
-RULES: dict[str, Rule] = {
-    "adam": Adam(lr=1e-2, **MOMENTS | {"eps": 1e-2}),
-    "adamw": ADAMW,
-    "stable adam": Adam(lr=1e-2, stable=True, **MOMENTS),
-    "stable adamw": replace(ADAMW, stable=True),
-    "ademamix": AdEMAMix(
-        lr=1e-2, betas=(0.9, 0.999, 0.9999), eps=1e-8, weight_decay=0.1, alpha=5.0, t_alpha=4, t_beta3=5
-    ),
-    "lamb": LAMB(lr=1e-2, **MOMENTS),
-    "sgd": SGD(lr=1e-2, weight_decay=0.1),
-    "sgd, momentum": SGD(lr=1e-2, momentum=0.9, dampening=0.3, weight_decay=0.1),
-    "sgd, nesterov": SGD(lr=1e-2, momentum=0.9, nesterov=True),
-    "lars": LARS(lr=1.0, momentum=0.9, weight_decay=0.1, trust_coefficient=0.02),
-    "lion": Lion(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1),
-    "rmsprop": RMSprop(lr=1e-2, alpha=0.9, eps=1e-8, weight_decay=0.1),
-    "rmsprop, momentum": RMSprop(lr=1e-2, alpha=0.9, eps=1e-8, momentum=0.9),
-    "rmsprop, centered": RMSprop(lr=1e-2, alpha=0.9, eps=1e-8, centered=True),
-    "rmsprop, centered, momentum": RMSprop(lr=1e-2, alpha=0.9, eps=1e-8, momentum=0.9, centered=True),
-    "adagrad": Adagrad(lr=1e-2, eps=1e-10, lr_decay=0.1, initial_accumulator_value=0.5),
-}
-
-# Rows of whole blocks, ragged rows, one block over, several programs; the last ones keep float32 state.
-SHAPES = [(9, 512), (5, 1000), (3, 257), (37, 3), (4, 3, 5, 7), (33, 256), (1, 1), (2048,), (2049,), (), (0,), (300,)]
-EIGHT_BIT = 7
-MARGIN = 64  # elements, a multiple of 16 bytes in every type
-
-
-def poisoned(values: Tensor, margin: int) -> Tensor:
-    """A contiguous view, equal to `values`, into memory of infinities (integers: 255)."""
-    if values.dtype == torch.float8_e4m3fn:
-        return poisoned(values.view(torch.uint8), margin).view(values.dtype)
-    poison = math.inf if values.is_floating_point() else 100 if values.dtype == torch.int8 else 255
-    buffer = torch.full((values.numel() + 2 * margin,), poison, dtype=values.dtype, device=values.device)
-    return buffer[margin : margin + values.numel()].view(values.shape).copy_(values)
-
-
-def margins(view: Tensor) -> Tensor:
-    whole = torch.empty(0, dtype=view.dtype, device=view.device).set_(view.untyped_storage())
-    start = view.storage_offset()
-    return torch.cat([whole[:start], whole[start + view.numel() :]])
-
-
-@dataclass
-class Case:
-    batch: Batch
-    grads: list[Tensor | None]
-
-    def to(self, device: torch.device, margin: int = MARGIN) -> "Case":
-        """The same values in poisoned memory of a device."""
-        params = [poisoned(param.to(device), margin) for param in self.batch.params]
-        states = [
-            {key: poisoned(value.to(device), margin) for key, value in state.items()} for state in self.batch.states
-        ]
-        grads = [None if grad is None else poisoned(grad.to(device), margin) for grad in self.grads]
-        return Case(Batch(params, states, self.batch.grad_type), grads)
-
-    def job(self, rule: Rule, clipping: Clipping = NO_CLIPPING, seeds: list[int] | None = None) -> Job:
-        return Job(self.batch, self.grads, [rule], clipping, seeds)
-
-
-def heavy_tailed(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape) * torch.exp(2 * torch.randn(shape))
-
-
-def trained(
-    dtype: torch.dtype,
-    grad_type: torch.dtype | None = None,
-    rule: Rule = ADAMW,
-    clipping: Clipping = NO_CLIPPING,
-    kind: str = "dynamic",
-) -> Case:
-    """Parameters after two steps of the reference, and the gradients of the next."""
-    params = [torch.randn(shape).to(dtype) for shape in SHAPES]
-    kinds = [kind if i < EIGHT_BIT else "float32" for i in range(len(SHAPES))]
-    states = [
-        new_state(param, kind, rule.signs, rule.initial) | new_history(CPU)
-        for param, kind in zip(params, kinds, strict=True)
-    ]
-    batch = Batch(params, states, grad_type or dtype)
-    for _ in range(2):
-        grads = [heavy_tailed(shape).to(batch.grad_type) for shape in SHAPES]
-        step_reference([Job(batch, grads, [rule], clipping)])
-    return Case(batch, [heavy_tailed(shape).to(batch.grad_type) for shape in SHAPES])
 
 
 def bound_of_update(
@@ -179,7 +100,7 @@ def assert_steps_agree(
             if key.startswith("codes"):
                 distance = (new[key].cpu().view(torch.uint8).int() - old[key].view(torch.uint8).int()).abs()
                 distance = distance * readable(old[key], old[key.replace("codes", "scale")])
-                assert distance.max() <= 1, (key, SHAPES[i])
+                assert distance.max() <= 1, (key, tuple(before.shape))
                 off, codes = off + int(distance.sum()), codes + distance.numel()
             elif key in ("step", "gnorm_counts"):
                 assert torch.equal(new[key].cpu(), old[key])
@@ -196,17 +117,19 @@ def assert_steps_agree(
         assert torch.equal(margins(tensor).view(torch.uint8), edge.view(torch.uint8))
 
 
-def every_tensor(case: Case) -> list[Tensor]:
-    states = [value for state in case.batch.states for value in state.values()]
-    return [*case.batch.params, *(grad for grad in case.grads if grad is not None), *states]
+# Further inputs: what they compute others compute too.
+REPEATED = ("stable adamw", "rmsprop", "rmsprop, centered", "muon, direction")
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        *((name, "dynamic") for name in RULES),
-        *((name, "e4m3") for name in ("adamw", "ademamix", "lars", "rmsprop, centered, momentum")),
-        *((name, "float32") for name in ("stable adam", "lamb", "lion", "adagrad")),
+        *((name, "dynamic") for name in RULES if name not in REPEATED),
+        *(pytest.param(name, "dynamic", marks=pytest.mark.thorough) for name in REPEATED),
+        *((name, "e4m3") for name in ("ademamix", "lars")),
+        *(pytest.param(name, "e4m3", marks=pytest.mark.thorough) for name in REPEATED),
+        *((name, "float32") for name in ("adamw", "adagrad")),
+        *(pytest.param(name, "float32", marks=pytest.mark.thorough) for name in ("stable adam", "lamb", "lion")),
     ],
 )
 def test_kernel_steps_as_the_reference(name: str, kind: str, device: torch.device) -> None:
@@ -216,14 +139,14 @@ def test_kernel_steps_as_the_reference(name: str, kind: str, device: torch.devic
 
 @pytest.mark.parametrize("margin", [1, 3])
 def test_kernel_takes_addresses_that_are_not_aligned(margin: int, device: torch.device) -> None:
-    assert_steps_agree(trained(torch.float32), ADAMW, device, margin)
+    assert_steps_agree(trained(torch.float32, shapes=FEW), ADAMW, device, margin)
 
 
 @pytest.mark.parametrize(("margin", "aligned"), [(MARGIN, True), (1, False), (8, False)])
 def test_wide_loads_are_promised_only_where_every_address_allows_them(
     margin: int, aligned: bool, device: torch.device
 ) -> None:
-    case = trained(torch.float32).to(device, margin)
+    case = trained(torch.float32, shapes=FEW).to(device, margin)
     addresses = case.batch.launch_data().addresses
     addresses.refresh(case.batch.params, case.grads)
     assert addresses.aligned == aligned
@@ -274,18 +197,18 @@ def test_a_skipped_tensor_keeps_its_bits(scope: str, device: torch.device) -> No
 
 
 def test_one_norm_over_all_tensors_of_all_batches(device: torch.device) -> None:
-    cases = [trained(torch.float32), trained(torch.bfloat16)]
+    cases = [trained(torch.float32, shapes=FEW), trained(torch.bfloat16, shapes=FEW)]
     clipping = Clipping(50, "global")
     got = [case.to(device) for case in cases]
     for scale in (1.0, 3.0):
         for same in zip(cases, got, strict=True):
             for case in same:
-                case.grads = [torch.full(shape, scale, dtype=case.batch.grad_type) for shape in SHAPES]
+                case.grads = [torch.full(shape, scale, dtype=case.batch.grad_type) for shape in FEW]
         for case in got:
             case.grads = [None if grad is None else grad.to(device) for grad in case.grads]
         step_reference([case.job(ADAMW, clipping) for case in cases])
         launch_step([case.job(ADAMW, clipping) for case in got])
-    numel = 2 * sum(math.prod(shape) for shape in SHAPES)
+    numel = 2 * sum(math.prod(shape) for shape in FEW)
     for case in [*cases, *got]:
         for state in case.batch.states:
             assert state["gnorm_history"][:2].tolist() == pytest.approx([numel**0.5, 3 * numel**0.5], rel=1e-6)
@@ -298,9 +221,9 @@ def test_one_norm_over_all_tensors_of_all_batches(device: torch.device) -> None:
 @pytest.mark.parametrize("master", [torch.int8, torch.float32, None])
 def test_kernel_keeps_the_bits_that_16_bits_do_not_hold(master: torch.dtype | None, device: torch.device) -> None:
     case = trained(torch.bfloat16)
-    for state, param in zip(case.batch.states, case.batch.params, strict=True):
-        if master is not None:
-            state["master"] = param.float() if master == torch.float32 else torch.zeros(param.shape, dtype=master)
+    case = case if master is None else with_masters(case, master)
+    for param in case.batch.params:
+        param.view(-1)[::5] = 1.0  # from outside
     expected, got = case.to(CPU), case.to(device)
     seeds = [7] if master is None else None
     step_reference([expected.job(ADAMW, seeds=seeds)])
@@ -310,53 +233,74 @@ def test_kernel_keeps_the_bits_that_16_bits_do_not_hold(master: torch.dtype | No
             weight(param.cpu(), state) for param, state in ((a, expected.batch.states[i]), (b, got.batch.states[i]))
         ]
         # 24 bits have a unit of 2^-15 at most, stochastic rounding may fall on the other side of a drawn number
-        wrong = (kept[0] - kept[1]).abs() > 2.0**-14 * kept[0].abs() + 1e-6
-        assert wrong.float().sum() <= (0 if master is not None else 1 + a.numel() * 2.0**-10)
+        right = (kept[0] - kept[1]).abs() <= 2.0**-14 * kept[0].abs() + 1e-6
+        assert (~right).float().sum() <= (0 if master is not None else 1 + a.numel() * 2.0**-10)
 
 
 def test_a_corrected_weight_is_the_nearest_of_24_bits(device: torch.device) -> None:
     kept = []
     for master in (torch.int8, torch.float32):
         torch.manual_seed(2)
-        case = trained(torch.bfloat16)
-        for state, param in zip(case.batch.states, case.batch.params, strict=True):
-            state["master"] = param.float() if master == torch.float32 else torch.zeros(param.shape, dtype=master)
-        case = case.to(device)
+        case = with_masters(trained(torch.bfloat16, shapes=FEW), master).to(device)
         launch_step([case.job(ADAMW)])
         kept.append([weight(p.cpu(), state) for p, state in zip(case.batch.params, case.batch.states, strict=True)])
     for corrected, exact in zip(*kept, strict=True):
-        assert not ((corrected - exact).abs() > 2.0**-16 * exact.abs()).any()
+        assert ((corrected - exact).abs() <= 2.0**-16 * exact.abs()).all()
 
 
 @pytest.mark.parametrize("name", ["stable adamw", "lamb", "lars"])
 def test_sums_of_a_tensor_cover_all_its_tiles(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizer_batch, "MOST_SUMS", 2)
     rule = RULES[name]
-    assert_steps_agree(trained(torch.float32, rule=rule), rule, device)
+    assert_steps_agree(trained(torch.float32, rule=rule, shapes=[(9, 512), (5, 513), (2049,)]), rule, device)
 
 
-def weight(param: Tensor, state: State) -> Tensor:
-    master = state.get("master")
-    if master is None:
-        return param.float()
-    return master.cpu() if master.dtype == torch.float32 else join_weight(param, master.cpu())
+@pytest.mark.parametrize("name", ["stable adamw", "lamb", "lars"])
+@pytest.mark.parametrize("nothing", ["weight", "gradient"])
+def test_a_tensor_without_a_norm_moves_as_in_the_reference(name: str, nothing: str, device: torch.device) -> None:
+    """Trust is 1 then, not 0 / 0; with no decay both norms of the ratio can be zero."""
+    rule: Any = replace(RULES[name], weight_decay=0.0)  # type: ignore[call-arg]
+    param, grad = torch.randn(3, 300), torch.randn(3, 300)
+    (param if nothing == "weight" else grad).zero_()
+    case = Case(Batch([param], [new_state(param, "dynamic", rule.signs)], torch.float32), [grad])
+    assert_steps_agree(case, rule, device)
 
 
-def test_groups_of_one_batch_have_their_own_numbers(device: torch.device) -> None:
-    case = trained(torch.float32)
-    groups = [i % 2 for i in range(len(SHAPES))]
-    rules = [replace(ADAMW, lr=0.5, weight_decay=0.3), replace(ADAMW, betas=(0.5, 0.7), maximize=True)]
+def test_weights_without_a_direction_stay_as_they_are(device: torch.device) -> None:
+    param, direction = torch.randn(3, 300), torch.randn(3, 300)
+    direction[1, 7], direction[2, 299] = math.nan, math.inf
+    for skips in (True, False):
+        rule = MuonWeight(lr=1e-2, weight_decay=0.1, ratio=3.0, skips=skips)
+        case = Case(Batch([param], [new_state(param, "dynamic", rule.signs)], torch.float32), [direction]).to(device)
+        launch_step([case.job(rule)])
+        moved = param * (1 - 1e-3) - 0.03 * direction
+        expected = torch.where(direction.isnan(), param, moved) if skips else moved
+        torch.testing.assert_close(case.batch.params[0].cpu(), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(("name", "maximize"), [("adamw", True), ("adamw", False), ("lamb", True)])
+def test_groups_of_one_batch_have_their_own_numbers(name: str, maximize: bool, device: torch.device) -> None:
+    case = trained(torch.float32, shapes=FEW)
+    groups = [i % 2 for i in range(len(FEW))]
+    base: Any = RULES[name]
+    rules = [
+        replace(base, lr=0.5, weight_decay=0.3, maximize=maximize),
+        replace(base, betas=(0.5, 0.7), maximize=True),
+    ]
     together, alone = case.to(device), [case.to(device), case.to(device)]
     batch = Batch(together.batch.params, together.batch.states, torch.float32, groups)
     launch_step([Job(batch, together.grads, rules)])
     for one, rule in zip(alone, rules, strict=True):
         launch_step([one.job(rule)])
+    # A group that minimises beside one that maximises has its gradient multiplied by 1, and the compiler fuses that
+    # product with the next sum where alone there is none: the last bit.
+    within = {"rtol": 0.0, "atol": 0.0} if maximize else {"rtol": 1e-6, "atol": 1e-7}
     for i, group in enumerate(groups):
-        assert torch.equal(batch.params[i], alone[group].batch.params[i])
+        torch.testing.assert_close(batch.params[i], alone[group].batch.params[i], **within)
 
 
 def test_a_learning_rate_in_memory_is_read_there(device: torch.device) -> None:
-    case = trained(torch.float32)
+    case = trained(torch.float32, shapes=FEW)
     number, tensor = case.to(device), case.to(device)
     launch_step([number.job(replace(ADAMW, lr=0.25))])
     launch_step([tensor.job(replace(ADAMW, lr=torch.tensor(0.25, device=device)))])
@@ -378,7 +322,7 @@ def test_tensors_that_are_not_contiguous_are_updated_in_place(device: torch.devi
 
 
 def test_new_gradients_are_found_at_their_new_addresses(device: torch.device) -> None:
-    case = trained(torch.float32)
+    case = trained(torch.float32, shapes=FEW)
     kept, fresh = case.to(device), case.to(device)
     for step in range(3):
         grads: list[Tensor | None] = [torch.full_like(param, step + 1) for param in kept.batch.params]
@@ -388,50 +332,16 @@ def test_new_gradients_are_found_at_their_new_addresses(device: torch.device) ->
         assert torch.equal(a, b)
 
 
-def test_fresh_state_is_the_code_of_zero_with_scale_zero() -> None:
-    state = new_state(torch.zeros(3, 5, 100), "dynamic", (True, False))
-    assert (state["codes1"] == 127).all()
-    assert (state["codes2"] == 0).all()
-    assert state["codes1"].shape == (3, 5, 100)
-    assert state["scale1"].shape == state["scale2"].shape == (3, 2)
-    assert torch.cat([state["scale1"], state["scale2"]]).eq(0).all()
-    assert load_moment(state, 1, True).eq(0).all()
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "e4m3"])
-def test_storing_a_loaded_moment_changes_nothing(kind: str) -> None:
-    state = new_state(torch.zeros(3, 700), kind, (True, False))
-    store_moment(state, 1, torch.randn(3, 700), True)
-    store_moment(state, 2, torch.rand(3, 700) ** 9, False)
-    before = copy.deepcopy(state)
-    for i in (1, 2):
-        store_moment(state, i, load_moment(state, i, i == 1), i == 1)
-    assert all(torch.equal(before[key].float(), state[key].float()) for key in state)
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "e4m3"])
-def test_only_zero_is_kept_as_zero_among_second_moments(kind: str, device: torch.device) -> None:
-    """sqrt(v) = 0 beside a momentum that is not 0 would make a step of m / eps."""
-    grad = torch.cat([torch.ones(1), torch.logspace(-1, -15, 200), torch.zeros(311)]).view(2, 256)
-    grad[1, 0] = 1.0
-    for take_step, place in ((step_reference, CPU), (launch_step, device)):
-        param = torch.zeros(2, 256, device=place)
-        state = new_state(param, kind, (True, False))
-        for _ in range(3):
-            take_step([Job(Batch([param], [state], torch.float32), [grad.to(place)], [ADAMW])])
-        codes = state["codes2"].view(torch.uint8).cpu()
-        assert torch.equal(codes == 0, grad == 0)
-        assert torch.equal(param.cpu() == 0, grad == 0)
-        assert param.abs().max() < 4 * ADAMW.lr
-
-
-@pytest.mark.parametrize(("name", "kind"), [(name, ("dynamic", "e4m3")[i % 2]) for i, name in enumerate(RULES)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, ("dynamic", "e4m3")[i % 2]) for i, name in enumerate(RULES) if "direction" not in name],
+)
 def test_gradients_of_zero_move_nothing_but_by_decay(name: str, kind: str, device: torch.device) -> None:
     rule = replace(RULES[name], weight_decay=0.0)  # type: ignore[call-arg]
     start = torch.randn(3, 300)
     state = new_state(start, kind, rule.signs, rule.initial)
     before = copy.deepcopy(state)
-    param = start.to(device)
+    param = start.clone().to(device)
     placed = {key: value.to(device) for key, value in state.items()}
     launch_step([Job(Batch([param], [placed], torch.float32), [torch.zeros_like(param)], [rule])])
     assert torch.equal(param.cpu(), start)
@@ -439,63 +349,30 @@ def test_gradients_of_zero_move_nothing_but_by_decay(name: str, kind: str, devic
 
 
 def test_an_update_moves_the_version_of_the_parameters_that_have_a_gradient(device: torch.device) -> None:
-    case = trained(torch.float32).to(device)
+    case = trained(torch.float32, shapes=FEW).to(device)
     case.grads[0] = None
     versions = [param._version for param in case.batch.params]
     optimizer_step([case.job(ADAMW)])
     assert [param._version > version for param, version in zip(case.batch.params, versions, strict=True)] == [
-        i > 0 for i in range(len(SHAPES))
+        i > 0 for i in range(len(FEW))
     ]
 
 
 def test_tensors_of_one_layout_share_a_launch() -> None:
     data = trained(torch.bfloat16).batch.launch_data()
     assert {layout: len(work) for layout, work in data.work.items()} == {
-        Layout("dynamic", flat=True): 3 + 5,  # 18 and 33 blocks, 8 in a program
-        Layout("dynamic", flat=False): 5 + 2 + 10 + 1 + 1,  # 20, 6, 37, 4 and 1 blocks, 4 in a program
+        Layout("dynamic", flat=True): 3 + 1,  # 18 and 3 blocks, 8 in a program
+        Layout("dynamic", flat=False): 3 + 2 + 3 + 1 + 1,  # 12, 6, 9, 4 and 1 blocks, 4 in a program
         Layout("float32", flat=True): 1,
         Layout("float32", flat=False): 3 + 1 + 1,
     }
     data = trained(torch.float32).batch.launch_data()
-    assert len(data.work[Layout("dynamic", flat=True, wide=True)]) == 5 + 9  # 18 and 33 blocks, 4 in a program
+    assert len(data.work[Layout("dynamic", flat=True, wide=True)]) == 5 + 1  # 18 and 3 blocks, 4 in a program
 
 
 def test_work_lists_cover_every_block_once() -> None:
     assert work_list([3, 0, 8, 9], 4).tolist() == [[0, 0, 3], [2, 0, 4], [2, 4, 8], [3, 0, 4], [3, 4, 8], [3, 8, 9]]
     assert work_list([5, 2], [4, 1]).tolist() == [[0, 0, 4], [0, 4, 5], [1, 0, 1], [1, 1, 2]]
-
-
-def test_decoding_reads_the_maps_of_the_format() -> None:
-    param = torch.zeros(1, 256)
-    state = new_state(param, "dynamic", (True, False))
-    for i, name in ((1, "dynamic_symmetric"), (2, "dynamic_unsigned")):
-        state[f"codes{i}"].copy_(torch.arange(256))
-        state[f"scale{i}"].fill_(2.0)
-        assert torch.equal(load_moment(state, i, i == 1)[0], 2 * dynamic_map(name))
-
-
-@triton.jit
-def _count_differing_codes_kernel(counts_ptr, first, SIGNED: tl.constexpr):
-    """Of 1024 neighbouring float32, by their bits, those whose code or its value PTX makes another."""
-    bits = (first + tl.program_id(0) * 1024 + tl.arange(0, 1024)).to(tl.int32)
-    x = bits.to(tl.float32, bitcast=True)
-    x = tl.where(tl.abs(x) <= 256.0, x, 0.0)
-    x = x if SIGNED else x * x
-    converted, computed = encode_e4m3(x, 1.0, SIGNED, 90), encode_e4m3(x, 1.0, SIGNED, 80)
-    differ = (converted != computed) | (decode_e4m3(converted, SIGNED, 90) != decode_e4m3(converted, SIGNED, 0))
-    tl.atomic_add(counts_ptr, tl.sum(differ.to(tl.int32)))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("signed", [True, False])
-def test_conversions_to_e4m3_give_the_codes_of_the_integer_arithmetic(signed: bool) -> None:
-    if torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("the conversions exist from compute capability 8.9 on")
-    differing = torch.zeros(1, dtype=torch.int32, device="cuda")
-    for sign in (0, 1) if signed else (0,):
-        # All float32 up to 256, whose exponent field is 135.
-        _count_differing_codes_kernel[((135 << 23) // 1024 + 1,)](differing, -(sign << 31), SIGNED=signed)
-    assert differing.item() == 0
 
 
 @pytest.mark.gpu

@@ -109,8 +109,10 @@ def assert_facts_agree(row: list[float], want: Facts) -> None:
         assert row[4 : 4 + len(want.numbers)] == pytest.approx(want.numbers, rel=2.0**-20)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("percentile", [None, 1, 50, 99])
+@pytest.mark.parametrize(
+    ("percentile", "dtype"),
+    [*((percentile, torch.float32) for percentile in (None, 1, 50, 99)), (50, torch.bfloat16), (50, torch.float16)],
+)
 def test_kernels_give_the_facts_of_the_reference(
     percentile: int | None, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -128,6 +130,19 @@ def test_kernels_give_the_facts_of_the_reference(
             torch.testing.assert_close(
                 ours["gnorm_history"].cpu(), theirs["gnorm_history"], rtol=2.0**-20, atol=0, equal_nan=False
             )
+
+
+def test_factors_are_the_quotients_of_float32(device: torch.device) -> None:
+    """Of norms that are exact, those of single integers; a product with the reciprocal is another float32 for each."""
+    pairs = [(5, 6), (3, 7), (9, 10), (9, 11), (7, 12), (6, 13), (13, 14), (7, 15)]
+    params = [torch.zeros(1, device=device) for _ in pairs]
+    states = [new_state(param, "float32", (True, False)) | new_history(device) for param in params]
+    of = Batch(params, states, torch.float32)
+    for norms in zip(*pairs, strict=True):
+        rows = launched(of, [torch.full((1,), float(n), device=device) for n in norms], rule(), Clipping(5))
+    factors = torch.tensor([row[1] for row in rows])
+    expected = torch.tensor([limit / norm for limit, norm in pairs], dtype=torch.float64).float()
+    assert torch.equal(factors, expected)
 
 
 def single(device: torch.device, grad: Tensor) -> Batch:

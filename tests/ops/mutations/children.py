@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -35,7 +36,8 @@ class Run:
     files: tuple[str, ...]
     tests: tuple[str, ...]
     stop_at_failure: bool = False
-    limit: float = 600.0  # seconds
+    limits: Mapping[str, float] = field(default_factory=dict, hash=False)  # seconds, by test
+    limit: float = 600.0  # of what is not in `limits`, and of the time before the first test
 
 
 @dataclass
@@ -53,23 +55,23 @@ class Outcome:
 
 
 def outcomes(runs: Iterable[Run], jobs: int) -> Iterator[Outcome]:
-    """Outcomes in the order in which runs end, `jobs` of them at a time."""
-    waiting = list(runs)[::-1]
-    running: list[_Child] = []
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            running.append(_Child(waiting.pop()))
+    """Outcomes in the order in which runs end, `jobs` of them at a time; a run is asked for when it can begin."""
+    waiting = iter(runs)
+    running = [_Child(run) for run in islice(waiting, jobs)]
+    while running:
         soonest = min(child.deadline for child in running) - time.monotonic()
         wait([child.connection for child in running], timeout=max(0.0, soonest))
         for child in [child for child in running if child.has_ended()]:
             running.remove(child)
+            running += map(_Child, islice(waiting, 1))
             yield child.outcome
 
 
 class _Child:
     def __init__(self, run: Run) -> None:
         self.outcome = Outcome(run)
-        self.deadline = time.monotonic() + run.limit
+        self.limit = run.limit
+        self.deadline = time.monotonic() + self.limit
         self.connection, theirs = _FORK.Pipe(duplex=False)
         self.process: BaseProcess = _FORK.Process(target=_run_pytest, args=(run, theirs), daemon=True)
         self.process.start()
@@ -90,7 +92,7 @@ class _Child:
             return False
         self.process.kill()
         self.process.join()
-        self.outcome.ended = f"ran into the limit of {self.outcome.run.limit:.0f} s"
+        self.outcome.ended = f"ran into the limit of {self.limit:.0f} s"
         return True
 
     def _take(self, what: str, value: Any) -> None:
@@ -100,6 +102,8 @@ class _Child:
                 outcome.collected = value
             case "begins":
                 outcome.running = value
+                self.limit = outcome.run.limits.get(value, outcome.run.limit)
+                self.deadline = time.monotonic() + self.limit
             case "ends":
                 outcome.running = ""
                 test, seconds, reached = value

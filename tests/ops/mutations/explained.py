@@ -1,11 +1,12 @@
 """Mutations that change nothing a test could see, and why: (function, kind, piece before) -> reason; "*" is any."""
 
 _SAME_BYTE = "1.5 * 2^23 + n has the same lowest byte as an integer and as the bits of a float32"
-_NOT_STORED = "what is loaded beyond the end is not stored; test_overruns.py holds the addresses"
+_NOT_STORED = "what is loaded beyond the end is not stored; test_overruns.py and its like hold the addresses"
 _SAME_BITS = "the path with masks gives the same bits, it is only slower"
 _SAME_RECIPROCAL = "1 * (1 / x) rounds as div_rn in the interpreter; on a GPU, where it does not, parity shows it"
 _TIMES_ZERO = "what it is multiplied by is 0 there"
 _PROMISE = "a promise to the compiler: a GPU would fault, the interpreter does not read it"
+_NO_PTX = "the interpreter has no PTX; for compute capability 8.8 it would not compile"
 
 EXPLAINED: dict[tuple[str, str, str], str] = {
     ("*", "int64 cast dropped", "*"): "differs from 2^31 elements on, which the tests marked gpu go beyond",
@@ -48,6 +49,20 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ("_inliers", "statement dropped", "*"): "a comparison with a float32 threshold promotes x anyway",
     ("_mark", "< to <=", "column < K"): "beyond K the values are 0, below any threshold",
     ("_mark", "half of a mask dropped", "*"): "found is 1 where there is no outlier",
+    ("*", "+ to -", "numbers_ptr + _DECAY"): "_DECAY is 0",
+    ("_ademamix_numbers", "threshold off by one", "*"): "a quotient by 0 is infinite or NaN, the minimum the other one",
+    ("_prepare_kernel", "int64 cast dropped", "*"): "random_word makes the same 32 bits of a step in float32",
+    ("decode_e4m3", "threshold off by one", "PTX >= _CONVERTS"): _NO_PTX,
+    ("_code", "threshold off by one", "PTX >= _CONVERTS"): _NO_PTX,
+    ("line_pointers", "bitcast to cast", "*"): "a pointer keeps its bits either way",
+    ("encode_signed", "< to <=", "signed < _LOWEST_CELL"): "a value at a midpoint may get either code",
+    ("_squares_kernel", "<= to <", "start + TILE <= end"): _SAME_BITS,
+    ("_load_tile", "other changed", "*"): _NOT_STORED,
+    ("load_moment_tile", "other changed", "*"): _NOT_STORED,
+    ("load_weight", "other changed", "*"): _NOT_STORED,
+    ("_load_decayed", "other changed", "*"): _NOT_STORED,
+    ("_flat_update_kernel", "other changed", "*"): _NOT_STORED,
+    ("_flat_update_kernel", "half of a mask dropped", "*"): "beyond the mask gradients are 0",
     ("encode_signed", "< to <=", "v < 0"): "at 0 the distance from the code of zero is 0, whatever its sign",
 }
 
