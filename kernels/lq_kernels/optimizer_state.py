@@ -7,6 +7,7 @@ reference in torch, then the functions by which kernels load and store it.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -81,12 +82,16 @@ def store_moment(state: State, i: int, moment: Tensor, signed: bool) -> None:
         state[f"state{i}"].copy_(moment)
         return
     if state[f"codes{i}"].dtype == torch.uint8:
-        table = NearestTable.of(dynamic_map(code_name(signed)), keep_small=not signed)
-        codes, scale = quantize_rows(moment, table)
+        codes, scale = quantize_rows(moment, _nearest_table(signed))
     else:
         codes, scale = quantize_e4m3(moment, roots=not signed)
     state[f"codes{i}"].copy_(codes)
     state[f"scale{i}"].copy_(scale)
+
+
+@cache
+def _nearest_table(signed: bool) -> NearestTable:
+    return NearestTable.of(dynamic_map(code_name(signed)), keep_small=not signed)
 
 
 @triton.jit
