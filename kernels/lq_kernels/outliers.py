@@ -86,10 +86,13 @@ def _mark(found_ptr, column, K, threshold, largest):
 
 
 @triton.jit
-def _raise_amax(amax_ptr, column, K, bits):
-    """The amax of columns to that of these rows: a maximum of integers, whatever the order of programs."""
+def _raise_amax(amax_ptr, column, bits):
+    """The amax of columns to that of these rows: a maximum of integers, whatever the order of programs.
+
+    Beyond the last column the bits are 0.
+    """
     bits = tl.max(bits, axis=0, keep_dims=True)
-    tl.atomic_max(amax_ptr + column, bits, mask=(column < K) & (bits > 0), sem="relaxed")
+    tl.atomic_max(amax_ptr + column, bits, mask=bits > 0, sem="relaxed")
 
 
 @triton.heuristics(
@@ -149,7 +152,7 @@ def _outlier_rows_kernel(
                 bits = magnitude_bits(x)
                 row_bits = tl.maximum(row_bits, bits)
                 if BY_COLUMN:
-                    _raise_amax(column_amax_ptr, start + column, K, bits)
+                    _raise_amax(column_amax_ptr, start + column, bits)
             scale, factor, quantizable = scales(tl.max(row_bits, axis=1, keep_dims=True), _LARGEST, _SMALLEST_AMAX)
             for start in range(0, K, BLOCK_K):
                 mask = rows & (start + column < K)
@@ -161,7 +164,7 @@ def _outlier_rows_kernel(
     if WHOLE_ROW:
         _mark(found_ptr, column, K, threshold, most)
         if BY_COLUMN:
-            _raise_amax(column_amax_ptr, column, K, column_bits)
+            _raise_amax(column_amax_ptr, column, column_bits)
 
 
 @triton.jit
