@@ -39,17 +39,25 @@ class ElementType:
         smallest_code = self.smallest_normal * 2.0**-self.mantissa
         return 2.0 ** math.ceil(math.log2(2 * self.largest / smallest_code) - 126)
 
-    def quantize(self, x: Tensor, amax: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
+    def quantize(
+        self, x: Tensor, amax: Tensor, bits: Tensor | None, power_of_two: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """codes, contiguous, and scale; amax has a size of 1 in each dimension that shares a scale.
 
-        With bits of `random_bits`, one for each value, codes are rounded stochastically.
+        With bits of `random_bits`, one for each value, codes are rounded stochastically. With `power_of_two` the scale
+        is the next power of two, and its product with a code is exact.
         """
         amax = amax.float()
         amax = torch.where(amax < self.smallest_amax, 0.0, amax)
         quantizable = (amax > 0) & amax.isfinite()
         largest = torch.full_like(amax, self.largest)  # torch computes `number / tensor` as reciprocal times number
-        scaled = torch.where(quantizable, x.float() * torch.where(quantizable, largest / amax, 0.0), 0.0)
-        return self._encode(scaled, bits).clone(memory_format=torch.contiguous_format), amax / largest
+        scale, factor = amax / largest, torch.where(quantizable, largest / amax, 0.0)
+        if power_of_two:
+            above = ((scale.view(torch.int32) + _MANTISSA) & ~_MANTISSA).view(torch.float32)
+            scale = torch.where(quantizable, above, scale)
+            factor = torch.where(quantizable, torch.ones_like(scale) / scale, 0.0)
+        scaled = torch.where(quantizable, x.float() * factor, 0.0)
+        return self._encode(scaled, bits).clone(memory_format=torch.contiguous_format), scale
 
     def _encode(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x float32 in [-largest, largest], but for one rounding."""
@@ -67,6 +75,8 @@ E5M2 = ElementType(torch.float8_e5m2, 57344.0, mantissa=2, smallest_normal=2.0**
 
 ELEMENT_TYPES = {element.dtype: element for element in (INT8, E4M3, E5M2)}
 
+_MANTISSA = 2**23 - 1  # the bits of a float32's mantissa
+_MANTISSA_BITS = tl.constexpr(_MANTISSA)
 _E4M3_MANTISSA, _E4M3_NORMAL = tl.constexpr(E4M3.mantissa), tl.constexpr(E4M3.smallest_normal)
 _E5M2_MANTISSA, _E5M2_NORMAL = tl.constexpr(E5M2.mantissa), tl.constexpr(E5M2.smallest_normal)
 
@@ -99,13 +109,20 @@ def magnitude_bits(x):
 
 
 @triton.jit
-def scales(amax_bits, LARGEST: tl.constexpr, SMALLEST_AMAX: tl.constexpr):
+def scales(amax_bits, LARGEST: tl.constexpr, SMALLEST_AMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr = False):
     """The bits of amax -> scale, the factor that turns values into codes, and whether there is one."""
     amax = amax_bits.to(tl.float32, bitcast=True)
     amax = tl.where(amax < SMALLEST_AMAX, 0.0, amax)
     quantizable = (amax > 0) & (amax < float("inf"))
     largest = tl.full(amax.shape, LARGEST, tl.float32)
-    return tl.div_rn(amax, largest), tl.div_rn(largest, tl.where(quantizable, amax, 1.0)), quantizable
+    scale = tl.div_rn(amax, largest)
+    if POWER_OF_TWO:
+        bits = (scale.to(tl.int32, bitcast=True) + _MANTISSA_BITS) & ~_MANTISSA_BITS
+        scale = tl.where(quantizable, bits.to(tl.float32, bitcast=True), scale)
+        factor = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(quantizable, scale, 1.0))
+    else:
+        factor = tl.div_rn(largest, tl.where(quantizable, amax, 1.0))
+    return scale, factor, quantizable
 
 
 @triton.jit

@@ -102,8 +102,8 @@ def _mixed_scaled_mm_tma_kernel(
     stride_xm,
     stride_xk,
     stride_wn,
-    stride_scale_a,
-    stride_scale_b,
+    stride_scale_a: tl.constexpr,
+    stride_scale_b: tl.constexpr,
     stride_near_x,
     stride_near_w,
     BLOCK_M: tl.constexpr,
@@ -194,7 +194,7 @@ def launch_mixed_tma(
     # Whole tiles: what lies beyond M and N is read, and meets nothing but what is not written.
     near_x = x.new_empty(_LIMIT // OUTLIERS, tiles_m * tile.m, OUTLIERS)
     near_weight = x.new_empty(_LIMIT // OUTLIERS, tiles_n * tile.n, OUTLIERS)
-    stride_scale_a, stride_scale_b = scale_strides(scale, weight_scale.t())
+    stride_scale_a, stride_scale_b = scale_strides(scale, weight_scale.t()).values()
     _outlier_columns_kernel[(triton.cdiv(M, _ROWS) + triton.cdiv(N, _ROWS),)](
         x,
         weight_codes,

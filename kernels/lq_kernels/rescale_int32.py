@@ -69,8 +69,8 @@ def _rescale_kernel(
     N,
     stride_tm,
     stride_tn,
-    stride_row_scale,
-    stride_column_scale,
+    stride_row_scale: tl.constexpr,
+    stride_column_scale: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):

@@ -13,7 +13,8 @@ Every op takes x (M, N) float32, bfloat16 or float16 with any strides and any si
   * rounding: "nearest", ties to even, or "stochastic": each value goes to one of the two codes around it, such that
     the expectation of codes * scale is x (rounding.py). The largest codes are never passed;
   * seed: for "stochastic" only, int64 with one element on the device of x. The random bits depend on it and on the
-    index of a value in x in row-major order.
+    index of a value in x in row-major order;
+  * power_of_two: scales are rounded up to powers of two, so that multiplying by them rounds nothing.
 
 A transposed op writes the transpose of what its namesake writes, contiguously. What shares a scale is
   * all zeros, or with an amax below `ElementType.smallest_amax` (2^-118, 2^-107, 2^-93): codes 0, scale 0;
@@ -34,67 +35,90 @@ from lq_kernels.rowwise_tiles import launch_columns, launch_matrix
 
 Result = tuple[Tensor, Tensor]
 ScaleShape = Callable[[int, int], tuple[int, int]]
-Launch = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
+Launch = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], None]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @op
 def quantize_rowwise(
-    x: Tensor, dtype: torch.dtype = torch.int8, rounding: str = "nearest", seed: Tensor | None = None
+    x: Tensor,
+    dtype: torch.dtype = torch.int8,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
+    power_of_two: bool = False,
 ) -> Result:
     """x (M, K) float -> codes (M, K) int8 or fp8, scale (M, 1) float32."""
-    _check(x, dtype, rounding, seed, "quantize_rowwise")
+    check(x, dtype, rounding, seed, "quantize_rowwise")
     amax = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
-    return _quantize(x, amax, dtype, seed)
+    return quantize_reference(x, amax, dtype, seed, power_of_two)
 
 
 @op
 def quantize_columnwise(
-    x: Tensor, dtype: torch.dtype = torch.int8, rounding: str = "nearest", seed: Tensor | None = None
+    x: Tensor,
+    dtype: torch.dtype = torch.int8,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
+    power_of_two: bool = False,
 ) -> Result:
     """x (M, N) float -> codes (M, N) int8 or fp8, scale (1, N) float32."""
-    _check(x, dtype, rounding, seed, "quantize_columnwise")
+    check(x, dtype, rounding, seed, "quantize_columnwise")
     amax = x.abs().amax(dim=0, keepdim=True) if x.shape[0] else x.new_zeros(1, x.shape[1])
-    return _quantize(x, amax, dtype, seed)
+    return quantize_reference(x, amax, dtype, seed, power_of_two)
 
 
 @op
 def quantize_columnwise_transposed(
-    x: Tensor, dtype: torch.dtype = torch.int8, rounding: str = "nearest", seed: Tensor | None = None
+    x: Tensor,
+    dtype: torch.dtype = torch.int8,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
+    power_of_two: bool = False,
 ) -> Result:
     """x (M, N) float -> codes (N, M) int8 or fp8, contiguous, scale (N, 1) float32."""
-    _check(x, dtype, rounding, seed, "quantize_columnwise_transposed")
-    codes, scale = quantize_columnwise.reference(x, dtype, rounding, seed)
+    check(x, dtype, rounding, seed, "quantize_columnwise_transposed")
+    codes, scale = quantize_columnwise.reference(x, dtype, rounding, seed, power_of_two)
     return codes.t().clone(memory_format=torch.contiguous_format), scale.reshape(-1, 1)
 
 
 @op
 def quantize_tensorwise(
-    x: Tensor, dtype: torch.dtype = torch.int8, rounding: str = "nearest", seed: Tensor | None = None
+    x: Tensor,
+    dtype: torch.dtype = torch.int8,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
+    power_of_two: bool = False,
 ) -> Result:
     """x (M, N) float -> codes (M, N) int8 or fp8, scale (1, 1) float32."""
-    _check(x, dtype, rounding, seed, "quantize_tensorwise")
+    check(x, dtype, rounding, seed, "quantize_tensorwise")
     amax = x.abs().amax().view(1, 1) if x.numel() else x.new_zeros(1, 1)
-    return _quantize(x, amax, dtype, seed)
+    return quantize_reference(x, amax, dtype, seed, power_of_two)
 
 
 @op
 def quantize_tensorwise_transposed(
-    x: Tensor, dtype: torch.dtype = torch.int8, rounding: str = "nearest", seed: Tensor | None = None
+    x: Tensor,
+    dtype: torch.dtype = torch.int8,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
+    power_of_two: bool = False,
 ) -> Result:
     """x (M, N) float -> codes (N, M) int8 or fp8, contiguous, scale (1, 1) float32."""
-    _check(x, dtype, rounding, seed, "quantize_tensorwise_transposed")
-    codes, scale = quantize_tensorwise.reference(x, dtype, rounding, seed)
+    check(x, dtype, rounding, seed, "quantize_tensorwise_transposed")
+    codes, scale = quantize_tensorwise.reference(x, dtype, rounding, seed, power_of_two)
     return codes.t().clone(memory_format=torch.contiguous_format), scale
 
 
-def _quantize(x: Tensor, amax: Tensor, dtype: torch.dtype, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_reference(
+    x: Tensor, amax: Tensor, dtype: torch.dtype, seed: Tensor | None, power_of_two: bool
+) -> tuple[Tensor, Tensor]:
+    """codes and scale of x (M, N), whose amax is (M, 1), (1, N) or (1, 1)."""
     bits = None if seed is None else random_bits(seed, torch.arange(x.numel(), device=x.device).view(x.shape))
-    return ELEMENT_TYPES[dtype].quantize(x, amax, bits)
+    return ELEMENT_TYPES[dtype].quantize(x, amax, bits, power_of_two)
 
 
-def _check(x: Tensor, dtype: torch.dtype, rounding: str, seed: Tensor | None, name: str) -> None:
+def check(x: Tensor, dtype: torch.dtype, rounding: str, seed: Tensor | None, name: str) -> None:
     if x.ndim != 2:
         raise ValueError(f"{name} takes a matrix, got shape {tuple(x.shape)}: flatten it, x.reshape(-1, x.shape[-1])")
     if x.dtype not in _FLOATS:
@@ -116,20 +140,28 @@ def _complete(op: Op[..., Result], scale_shape: ScaleShape, launch: Launch, tran
 
     @op.fake
     def fake(
-        x: Tensor, dtype: torch.dtype = torch.int8, rounding: str = "nearest", seed: Tensor | None = None
+        x: Tensor,
+        dtype: torch.dtype = torch.int8,
+        rounding: str = "nearest",
+        seed: Tensor | None = None,
+        power_of_two: bool = False,
     ) -> Result:
-        _check(x, dtype, rounding, seed, op.name)
+        check(x, dtype, rounding, seed, op.name)
         M, N = x.shape
         codes = x.new_empty((N, M) if transposed else (M, N), dtype=dtype)
         return codes, x.new_empty(scale_shape(M, N), dtype=torch.float32)
 
     @op.triton
     def _launch(
-        x: Tensor, dtype: torch.dtype = torch.int8, rounding: str = "nearest", seed: Tensor | None = None
+        x: Tensor,
+        dtype: torch.dtype = torch.int8,
+        rounding: str = "nearest",
+        seed: Tensor | None = None,
+        power_of_two: bool = False,
     ) -> Result:
-        codes, scale = fake(x, dtype, rounding, seed)
+        codes, scale = fake(x, dtype, rounding, seed, power_of_two)
         require_element_type(dtype, x.device, op.name)
-        launch(x, codes.t() if transposed else codes, scale, seed)
+        launch(x, codes.t() if transposed else codes, scale, seed, power_of_two)
         return codes, scale
 
 

@@ -6,8 +6,8 @@ so that the bias is added once and a result never depends on the order in which 
 int8 sums are exact. NVIDIA's matrix units add fp8 products with about 14 bits: they align 32 products and the running
 sum to the largest of these and cut off what lies below, https://arxiv.org/abs/2412.19437, section 3.5.2. With m that
 largest magnitude, 32 products lose less than 33 * 2^-12 * m. With accumulation="fast" there is one running sum (that
-report saw errors of 2 % at K = 4096); "precise" starts one every 128 products, 64 in small tiles, and adds those in
-float32, so that m stays as small as a sum of 128 products.
+report saw errors of 2 % at K = 4096); "precise" starts one every 256 products, 128 or 64 in smaller tiles, and adds
+those in float32, so that m stays as small as a sum of so many.
 """
 
 from functools import cache

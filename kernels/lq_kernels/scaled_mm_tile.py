@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq_kernels._launch import launch
 from lq_kernels._triton import device_limits, tl, triton
 
 
@@ -20,14 +21,34 @@ def swizzled(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: 
 
 
 @triton.jit
-def scaled(total, row, column, M, N, scale_a_ptr, scale_b_ptr, bias_ptr, stride_scale_a, stride_scale_b):
-    """total * scale_a * scale_b + bias in float32, each step rounded; without scales total as it is."""
+def scaled(
+    total,
+    row,
+    column,
+    M,
+    N,
+    scale_a_ptr,
+    scale_b_ptr,
+    bias_ptr,
+    stride_scale_a: tl.constexpr,
+    stride_scale_b: tl.constexpr,
+):
+    """total * scale_a * scale_b + bias in float32, each step rounded; without scales total as it is.
+
+    A scale whose stride is 0 is one value: read as a vector, it would take registers that a second program needs.
+    """
     if scale_a_ptr is None:
         out = total
     else:
         out = total.to(tl.float32)
-        out *= tl.load(scale_a_ptr + row * stride_scale_a, mask=row < M, other=0.0)[:, None]
-        out *= tl.load(scale_b_ptr + column * stride_scale_b, mask=column < N, other=0.0)[None, :]
+        if stride_scale_a == 0:
+            out *= tl.load(scale_a_ptr)
+        else:
+            out *= tl.load(scale_a_ptr + row * stride_scale_a, mask=row < M, other=0.0)[:, None]
+        if stride_scale_b == 0:
+            out *= tl.load(scale_b_ptr)
+        else:
+            out *= tl.load(scale_b_ptr + column * stride_scale_b, mask=column < N, other=0.0)[None, :]
         if bias_ptr is not None:
             out += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     return out
@@ -49,8 +70,8 @@ def _scaled_mm_kernel(
     stride_ak,
     stride_bk,
     stride_bn,
-    stride_scale_a,
-    stride_scale_b,
+    stride_scale_a: tl.constexpr,
+    stride_scale_b: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -161,19 +182,12 @@ def launch_tiles(
 ) -> None:
     """Fills out (M, N), contiguous; without scales with the sums."""
     M, N = out.shape
-    _scaled_mm_kernel[(tile.count(M, N),)](
-        a,
-        b,
-        scale_a,
-        scale_b,
-        bias,
-        out,
-        M,
-        N,
-        a.shape[1],
-        *a.stride(),
-        *b.stride(),
-        *scale_strides(scale_a, scale_b),
+    launch(
+        _scaled_mm_kernel,
+        tile.count(M, N),
+        (a, b, scale_a, scale_b, bias, out),
+        (M, N, a.shape[1], *a.stride(), *b.stride()),
+        **scale_strides(scale_a, scale_b),
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
@@ -185,8 +199,11 @@ def launch_tiles(
     )
 
 
-def scale_strides(scale_a: Tensor | None, scale_b: Tensor | None) -> tuple[int, int]:
+def scale_strides(scale_a: Tensor | None, scale_b: Tensor | None) -> dict[str, int]:
     """From row to row of a and from column to column of b: 0 where one scale serves all."""
     if scale_a is None or scale_b is None:
-        return 0, 0
-    return scale_a.stride(0) if scale_a.shape[0] > 1 else 0, scale_b.stride(1) if scale_b.shape[1] > 1 else 0
+        return {"stride_scale_a": 0, "stride_scale_b": 0}
+    return {
+        "stride_scale_a": scale_a.stride(0) if scale_a.shape[0] > 1 else 0,
+        "stride_scale_b": scale_b.stride(1) if scale_b.shape[1] > 1 else 0,
+    }

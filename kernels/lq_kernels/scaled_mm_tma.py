@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq_kernels._launch import cdiv, launch
 from lq_kernels._triton import HAS_TRITON, device_limits, tl, triton
 from lq_kernels.scaled_mm_tile import is_hopper, scale_strides, scaled, swizzled
 
@@ -33,8 +34,8 @@ def _scaled_mm_tma_kernel(
     M,
     N,
     K,
-    stride_scale_a,
-    stride_scale_b,
+    stride_scale_a: tl.constexpr,
+    stride_scale_b: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -114,7 +115,7 @@ _WIDE = partial(TmaTile, 128, 256, 128, warps=8, stages=3, parts=1, flatten=True
 _PAIR = partial(TmaTile, 128, 128, 128, warps=4, stages=3, parts=2, flatten=True, programs=2)
 _PAIR_OF_8_WARPS = partial(TmaTile, 128, 128, 128, warps=8, stages=3, parts=2, flatten=True, programs=2)
 _LOW_PAIR = partial(TmaTile, 64, 128, 128, warps=4, stages=3, parts=1, flatten=True, programs=2)
-_SQUARE = partial(TmaTile, 128, 128, 128, warps=8, stages=4, parts=1, flatten=True, programs=1)
+_DEEP = partial(TmaTile, 128, 128, 256, warps=8, stages=3, parts=1, flatten=True, programs=1)
 
 INT8_TILES = (
     _PAIR(step=0.72, alone=0.85, rest=2.88),
@@ -126,8 +127,9 @@ FP8_TILES = (
     _PAIR(step=0.785, alone=0.76, rest=1.44),
     _LOW_PAIR(step=0.56, alone=0.56, rest=0.56),
 )
-# Two sums for each value of the result take twice the registers.
-PRECISE_TILES = (_SQUARE(step=0.52, alone=0.52, rest=2.8), _LOW_PAIR(step=0.59, alone=0.59, rest=0.8))
+# Two sums for each value of the result take twice the registers. Adding one to the other every 256 products in place of
+# 128 is 22 % faster, and of 16384 products 1.0e-4 off in place of 0.65e-4; without a second sum it is 4e-2.
+PRECISE_TILES = (_DEEP(step=0.83, alone=0.83, rest=2.8), _LOW_PAIR(step=0.59, alone=0.59, rest=0.8))
 
 _SMALLEST_SIDE = 64  # of a result: below it most of a tile would be empty
 
@@ -168,18 +170,20 @@ def launch_tma(
     parts = tile.parts_of(out.dtype)
     limits = device_limits(a.device)
     resident = min(tile.programs, limits.shared_memory // tile.shared_memory(out.dtype)) or 1
-    tiles = triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
-    _scaled_mm_tma_kernel[(min(tiles, resident * limits.multiprocessors),)](
-        _descriptor(a, tile.m, tile.k),
-        _descriptor(b.t(), tile.n, tile.k),
-        _descriptor(out, tile.m, tile.n // parts),
-        scale_a,
-        scale_b,
-        bias,
-        M,
-        N,
-        a.shape[1],
-        *scale_strides(scale_a, scale_b),
+    tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
+    launch(
+        _scaled_mm_tma_kernel,
+        min(tiles, resident * limits.multiprocessors),
+        (
+            _descriptor(a, tile.m, tile.k),
+            _descriptor(b.t(), tile.n, tile.k),
+            _descriptor(out, tile.m, tile.n // parts),
+            scale_a,
+            scale_b,
+            bias,
+        ),
+        (M, N, a.shape[1]),
+        **scale_strides(scale_a, scale_b),
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lq_kernels.fake_quantize import LARGEST_BLOCK, fake_quantize_blockwise, fake_quantize_tensorwise
 
@@ -46,8 +45,8 @@ def matmul_fp8_mixed(
 
     a has two dimensions or more and the dtype of b: float32, bfloat16 or float16. The codes are (256,) float32,
     ascending, on their device. Blocks are flat, or with `by_row` never cross a row of a or of the gradient; None takes
-    their size by `simulated_block_size` of K and of N. Gradients reach a and b, but have no gradient themselves. Any
-    size, 0 included. Nothing waits for the device.
+    their size by `simulated_block_size` of K and of N. Gradients reach a and b, but have none themselves:
+    create_graph=True is a RuntimeError. Any size, 0 included. Nothing waits for the device.
     """
     _check(a, b, "matmul_fp8_mixed")
     K, N = b.shape
@@ -73,6 +72,14 @@ def _check(a: Tensor, b: Tensor, name: str) -> None:
         raise TypeError(f"{name} takes operands of one dtype, got {a.dtype} and {b.dtype}: cast one of them")
 
 
+def _refuse_second_gradient(name: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} has no gradient of its gradient, and create_graph=True asks for one: multiply in 16 bits where a "
+            "gradient penalty goes through"
+        )
+
+
 @dataclass(frozen=True)
 class _Blocks:
     size: int
@@ -93,8 +100,8 @@ class _Mixed(torch.autograd.Function):
         return input_blocks.round(a, fw_code) @ rounded_b
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_gradient("matmul_fp8_mixed")
         a, rounded_b, bw_code = ctx.saved_tensors
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
@@ -112,8 +119,8 @@ class _Global(torch.autograd.Function):
         return fake_quantize_tensorwise(a, fw_code) @ rounded_b
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_gradient("matmul_fp8_global")
         a, rounded_b, fw_code, bw_code = ctx.saved_tensors
         grad_a = grad_b = None
         grad = fake_quantize_tensorwise(grad, bw_code)

@@ -120,8 +120,8 @@ def stochastic(dtype: torch.dtype) -> Samples:
 
 def all_types(plain: Callable[[], Samples]) -> Callable[[], Samples]:
     def samples() -> Samples:
-        e4m3 = [*to_fp8(E4M3), *stochastic(E4M3)]
-        others = [*plain(), *to_fp8(E5M2), *stochastic(torch.int8), *stochastic(E5M2)]
+        e4m3 = [*to_fp8(E4M3), *stochastic(E4M3), *power_of_two(E4M3)]
+        others = [*plain(), *to_fp8(E5M2), *stochastic(torch.int8), *stochastic(E5M2), *power_of_two(torch.int8)]
         return after_each_third(others, e4m3)
 
     return samples
@@ -135,10 +135,57 @@ def after_each_third(samples: list[tuple[str, Arguments]], without_opcheck: list
         yield from without_opcheck[2 * i : 2 * i + 2]
 
 
+def power_of_two(dtype: torch.dtype) -> Samples:
+    """Scales between two powers, and on one: amax is 127 or 448 times a power of two."""
+    on_a_power = torch.full((5, 8), ELEMENT_TYPES[dtype].largest) * torch.exp2(torch.arange(-2.0, 3.0))[:, None]
+    cases = {"odd size": heavy_tailed(37, 130), "powers": on_a_power, "not finite": not_finite(9, 70), "tiny": tiny(33)}
+    for case, x in cases.items():
+        name = f"{case} to {str(dtype).removeprefix('torch.')}, power of two"
+        yield name, (cut_out(x), dtype, "nearest", None, True)
+
+
+def both_ways() -> Samples:
+    for name, (x, *options) in all_types(matrices)():
+        filled = (*options, *(torch.int8, "nearest", None, False)[len(options) :])
+        yield f"{name}, both", (x, *filled, True)
+    yield "one way", (heavy_tailed(36, 130), torch.int8, "nearest", None, False, False)
+
+
+def with_amax() -> Samples:
+    for name, (x, *options) in all_types(matrices)():
+        by_column = x.abs().amax(0, keepdim=True) if x.shape[0] else x.new_zeros(1, x.shape[1])
+        yield f"{name}, by column", (x, by_column.float(), *options)
+    x = heavy_tailed(132, 70)
+    for name, matrix in (
+        ("finite", x),
+        ("odd", x[:37, :5]),
+        ("one column", x[:, :1]),
+        ("not finite", not_finite(9, 70)),
+    ):
+        yield f"{name}, one amax", (cut_out(matrix), matrix.abs().amax().view(1, 1), torch.int8)
+    yield "no columns, one amax", (torch.empty(5, 0), torch.ones(1, 1))
+
+
+def codes_with_scales() -> Samples:
+    scale = torch.exp(5 * torch.randn(37, 1))
+    codes = torch.randint(-127, 128, (37, 1030), dtype=torch.int8)
+    for dtype in FLOATS:
+        yield f"to {dtype}", (cut_out(codes), scale, dtype)
+        yield f"transposed to {dtype}", (codes[:33].t()[:37], scale, dtype)
+        yield f"e4m3 to {dtype}", (torch.randn(37, 600).to(E4M3), scale, dtype)
+    infinite = torch.tensor([[float("nan")], [float("inf")], [0.0]])
+    yield "not finite", (torch.ones(3, 5, dtype=torch.int8), infinite, torch.bfloat16)
+    yield "no rows", (torch.empty(0, 5, dtype=torch.int8), torch.empty(0, 1), torch.float32)
+
+
 SAMPLES: SampleTable = {
     "quantize_rowwise": all_types(long_rows),
     "quantize_columnwise": all_types(matrices),
     "quantize_columnwise_transposed": all_types(matrices),
     "quantize_tensorwise": all_types(matrices),
     "quantize_tensorwise_transposed": all_types(matrices),
+    "quantize_rowwise_column_amax": all_types(long_rows),
+    "quantize_tensorwise_amax": both_ways,
+    "quantize_transposed": with_amax,
+    "dequantize_rowwise": codes_with_scales,
 }
