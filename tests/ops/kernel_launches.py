@@ -13,6 +13,7 @@ import launches_gradient_percentile
 import launches_muon
 import launches_optimizer
 import launches_outliers
+import launches_products_4bit
 import launches_rowwise
 import launches_scaled_mm
 from compile_only import GPUS, LaunchTable, compile_all
@@ -22,6 +23,7 @@ LAUNCHES: LaunchTable = {
     **launches_scaled_mm.LAUNCHES,
     **launches_blockwise.LAUNCHES,
     **launches_blockwise_4bit.LAUNCHES,
+    **launches_products_4bit.LAUNCHES,
     **launches_optimizer.LAUNCHES,
     **launches_muon.LAUNCHES,
     **launches_outliers.LAUNCHES,

@@ -7,6 +7,7 @@ import samples_blockwise_4bit
 import samples_fake_quantize
 import samples_gradient_percentile
 import samples_outliers
+import samples_products_4bit
 import samples_rowwise
 import samples_scaled_mm
 from hostile import SampleTable
@@ -17,6 +18,7 @@ SAMPLES: SampleTable = {
     **samples_scaled_mm.SAMPLES,
     **samples_blockwise.SAMPLES,
     **samples_blockwise_4bit.SAMPLES,
+    **samples_products_4bit.SAMPLES,
     **samples_outliers.SAMPLES,
     **samples_fake_quantize.SAMPLES,
     **samples_gradient_percentile.SAMPLES,
@@ -26,6 +28,7 @@ SAMPLES: SampleTable = {
 # the sums. Ops that are not here are exact.
 BOUNDS: dict[str, Callable[..., Tensor]] = {
     **samples_scaled_mm.BOUNDS,
+    **samples_products_4bit.BOUNDS,
     **samples_outliers.BOUNDS,
     **samples_gradient_percentile.BOUNDS,
 }

@@ -78,6 +78,7 @@ def test_8_bit_kernels_round_each_product_as_their_references_do(gpu: str) -> No
     """A fused multiply-add rounds once where the reference rounds twice; the interpreter cannot show it."""
     names = {
         "_rowwise_kernel",
+        "_rowwise_column_amax_kernel",
         "_quantize_tile_kernel",
         "_scaled_mm_kernel",
         "_quantize_kernel",

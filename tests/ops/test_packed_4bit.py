@@ -192,3 +192,93 @@ def test_wrong_arguments_say_what_was_expected() -> None:
         Packed4bit(packed.packed, None, 64, "nf4", (N, K), torch.float32)
     with pytest.raises(ValueError, match="either `scale` or `nested`"):
         Packed4bit(packed.packed, packed.scale, 64, "nf4", (N, K), torch.float32, weight(double=True).nested)
+
+
+WIDE = 128  # columns: whole blocks, which products in 8 bits want
+STEPS = {"int8": 2 * 127.0, "fp8": 16.0}  # half a step: of int8 amax / 254, of e4m3 a sixteenth of a value or less
+
+
+def rounding_of(x: Tensor, compute: str) -> Tensor:
+    """By how much a row's 8-bit codes may miss its values: half a step of its largest."""
+    return (x.double().abs().amax(-1, keepdim=True) / STEPS[compute]).expand(x.shape)
+
+
+def bound_of_8_bits(x: Tensor, w: Tensor, x_error: Tensor, w_error: Tensor) -> Tensor:
+    """|sum of x w - of both rounded| <= sum of |x| dw + dx |w| + dx dw, and float32's and fp8's own rounding."""
+    x, w = x.double().abs(), w.double().abs()
+    return (x @ w_error.t() + x_error @ w.t() + x_error @ w_error.t()) * 1.01 + 2.0**-9 * (x @ w.t())
+
+
+@pytest.mark.parametrize("compute", ["int8", "fp8"])
+@pytest.mark.parametrize("double", [False, True])
+def test_products_in_8_bits_are_right_within_their_rounding(compute: str, double: bool) -> None:
+    packed = Packed4bit.quantize(torch.randn(N, WIDE) * torch.exp(torch.randn(N, 1)), double=double)
+    x, bias = torch.randn(2, 5, WIDE, requires_grad=True), leaf(N)
+    weight = packed.dequantize()
+    output = matmul_4bit(x, packed, bias, compute)
+    assert (output.shape, output.dtype) == ((2, 5, N), torch.float32)
+    exact = x.double() @ weight.double().t() + bias.double()
+    errors = rounding_of(x, compute), rounding_of(weight, compute)
+    assert ((output - exact).abs() <= bound_of_8_bits(x, weight, *errors)).all()
+
+    grad = torch.randn_like(output)
+    grad_x, grad_bias = torch.autograd.grad(output, (x, bias), grad)
+    columns = weight.t().contiguous()
+    # A column's scale is that of its largest block, which may be larger than its own largest value.
+    of_blocks = packed.plain_scale().view(N, -1).amax(0).repeat_interleave(64)[:, None]
+    errors = rounding_of(grad, compute), (of_blocks.double() / STEPS[compute]).expand(columns.shape)
+    assert ((grad_x - grad.double() @ weight.double()).abs() <= bound_of_8_bits(grad, columns, *errors)).all()
+    torch.testing.assert_close(grad_bias, grad.sum((0, 1)))
+
+
+@pytest.mark.parametrize("compute", ["int8", "fp8"])
+def test_products_in_8_bits_keep_nothing_but_the_packed_weight(compute: str) -> None:
+    packed = Packed4bit.quantize(torch.randn(N, WIDE))
+    node: Any = matmul_4bit(leaf(3, WIDE), packed, compute=compute).grad_fn
+    assert node.weight is packed
+    assert not any(isinstance(value, Tensor) for value in vars(node).values())
+    assert node.saved_tensors == ()
+
+
+@pytest.mark.parametrize("compute", ["int8", "fp8"])
+def test_products_in_8_bits_have_the_dtype_of_the_input_and_take_no_rows(compute: str) -> None:
+    packed = Packed4bit.quantize(torch.randn(N, WIDE))
+    for dtype in FLOATS:
+        for shape in [(WIDE,), (0, WIDE), (2, 0, WIDE), (3, WIDE)]:
+            x = leaf(*shape, dtype=dtype)
+            output = matmul_4bit(x, packed, torch.randn(N), compute)
+            assert (output.shape, output.dtype) == ((*shape[:-1], N), dtype)
+            (grad,) = torch.autograd.grad(output, x, torch.ones_like(output))
+            assert (grad.shape, grad.dtype) == (x.shape, dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert matmul_4bit(torch.randn(3, WIDE), packed, compute=compute).dtype == torch.bfloat16
+
+
+def test_a_gradient_in_8_bits_can_be_differentiated_again() -> None:
+    packed, x = Packed4bit.quantize(torch.randn(N, WIDE)), leaf(3, WIDE)
+    (grad,) = torch.autograd.grad(matmul_4bit(x, packed, compute="int8").square().sum(), x, create_graph=True)
+    (got,) = torch.autograd.grad(grad.square().sum(), x)
+    weight = packed.dequantize()
+    expected = 8 * x @ weight.t() @ weight @ weight.t() @ weight
+    assert (got - expected).norm() <= 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("compute", ["int8", "fp8"])
+def test_products_in_8_bits_compile_as_one_graph(compute: str) -> None:
+    torch._dynamo.reset()
+    packed, x = Packed4bit.quantize(torch.randn(N, WIDE)), leaf(3, WIDE)
+
+    def layer(x: Tensor) -> Tensor:
+        return matmul_4bit(x, packed, compute=compute).relu()
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    got, expected = compiled(x), layer(x)
+    assert torch.equal(got, expected)
+    assert torch.equal(*(torch.autograd.grad(out.sum(), x)[0] for out in (got, expected)))
+
+
+def test_what_cannot_be_computed_in_8_bits_is_named() -> None:
+    with pytest.raises(ValueError, match="computes in 'int8', 'fp8' or None, got 'int4'"):
+        matmul_4bit(torch.randn(3, K), weight(), compute="int4")
+    with pytest.raises(ValueError, match="whole blocks, got 40 columns in blocks of 64"):
+        matmul_4bit(torch.randn(3, K), weight(), compute="int8")
