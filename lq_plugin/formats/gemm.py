@@ -7,45 +7,71 @@ With input x (T, I), weight w (O, I) and grad_output g (T, O):
     grad_weight = g.t() @ x
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from lq_kernels.scaled_mm import scaled_mm
 from torch import Tensor
+
+from lq_plugin.formats.operands import UNQUANTIZED, Lines, OperandFormat, Quantized, Sides
 
 
 class Gemm(Protocol):
-    """a (M, K) @ b (K, N) + bias (N,) -> (M, N) in the dtype of a; a and b may have any strides."""
+    """How two operands are made and multiplied."""
 
-    def matmul(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor: ...
+    @property
+    def a(self) -> OperandFormat: ...
 
+    @property
+    def b(self) -> OperandFormat: ...
 
-class RowQuantizedGemm(Gemm, Protocol):
-    """A product whose left operand is quantised by row, so that backward can keep the codes in its place."""
-
-    def quantize_a(self, a: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def multiply(self, codes: Tensor, scale: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor: ...
+    def multiply(self, a: Lines, b: Lines, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """a (M, K) @ b (N, K).t() + bias (N,) -> (M, N) in dtype."""
+        ...
 
 
 @dataclass(frozen=True)
 class HighPrecision:
-    """The product in the dtype of its left operand, unquantised."""
+    """The product of the operands as they are made, in the dtype of the left one."""
 
-    def matmul(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-        b = b.to(a.dtype)
-        return a @ b if bias is None else torch.addmm(bias.to(a.dtype), a, b)
+    a: OperandFormat = UNQUANTIZED
+    b: OperandFormat = UNQUANTIZED
+
+    def multiply(self, a: Lines, b: Lines, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        x, y = a.values, b.values.t().to(a.values.dtype)
+        return (x @ y if bias is None else torch.addmm(bias.to(x.dtype), x, y)).to(dtype)
+
+
+@dataclass(frozen=True)
+class ScaledGemm:
+    """8-bit codes, multiplied by matrix units and scaled in the epilogue; `accumulation` of fp8: see scaled_mm."""
+
+    a: Quantized
+    b: Quantized
+    accumulation: str = "fast"
+
+    def multiply(self, a: Lines, b: Lines, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        assert a.scale is not None
+        assert b.scale is not None
+        return scaled_mm(a.values, b.values.t(), a.scale, b.scale.t(), bias, dtype, self.accumulation)
 
 
 high_precision = HighPrecision()
+
+
+def matmul(gemm: Gemm, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a (M, K) @ b (K, N) + bias (N,) -> (M, N) in the dtype of a; a and b may have any strides."""
+    return gemm.multiply(gemm.a.lines(a), gemm.b.lines(b.t()), bias, a.dtype)
 
 
 @dataclass(frozen=True)
 class GemmFormats:
     """The products of a linear layer whose weight is trained.
 
-    bits: width of the operands of `output`. saves: where it is set, backward keeps the codes that this product made
-    of the input, instead of the input; it then computes `output` too.
+    bits: width of the operands of `output`. keeps_codes: backward takes the input from the codes that `output` made
+    of it, and the input itself is not kept. input, weight and grad_output follow from the products: how each of these
+    tensors becomes an operand of two of them; element_types are the 8-bit types that a device needs.
     """
 
     name: str
@@ -53,4 +79,20 @@ class GemmFormats:
     output: Gemm
     grad_input: Gemm
     grad_weight: Gemm
-    saves: RowQuantizedGemm | None = None
+    keeps_codes: bool = False
+    input: Sides = field(init=False, repr=False, compare=False)
+    weight: Sides = field(init=False, repr=False, compare=False)
+    grad_output: Sides = field(init=False, repr=False, compare=False)
+    element_types: tuple[torch.dtype, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        output, grad_input, grad_weight = self.output, self.grad_input, self.grad_weight
+        sides = {
+            "input": Sides(output.a, grad_weight.b, "rows" if self.keeps_codes else "codes"),
+            "weight": Sides(output.b, grad_input.b),
+            "grad_output": Sides(grad_input.a, grad_weight.a, "codes"),
+        }
+        operands = [operand for gemm in (output, grad_input, grad_weight) for operand in (gemm.a, gemm.b)]
+        types = dict.fromkeys(operand.dtype for operand in operands if isinstance(operand, Quantized))
+        for name, value in (*sides.items(), ("element_types", tuple(types))):
+            object.__setattr__(self, name, value)

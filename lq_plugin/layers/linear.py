@@ -1,8 +1,8 @@
 """Linear layers whose weight is trained and whose three matrix products run in a format.
 
-    output      = format.output.matmul(x, weight.t())
-    grad_input  = format.grad_input.matmul(grad_output, weight)
-    grad_weight = format.grad_weight.matmul(grad_output.t(), x)
+    output      = x @ weight.t() + bias
+    grad_input  = grad_output @ weight
+    grad_weight = grad_output.t() @ x
 
 The weight stays the parameter that it was, in its dtype, and is quantised on every forward: checkpoints, optimizers
 and sharding see an nn.Linear.
@@ -13,10 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.formats import format_named
-from lq_plugin.formats.gemm import GemmFormats
+from lq_plugin.formats.devices import require_device
+from lq_plugin.formats.gemm import GemmFormats, matmul
 
 _INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer with its weight (in, out)."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ in ("Conv1D", "QuantConv1D") and isinstance(weight, nn.Parameter) and weight.dim() == 2
 
 
 class _Linear(torch.autograd.Function):
@@ -24,30 +30,33 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, formats: GemmFormats) -> Tensor:
-        ctx.formats, ctx.dtype = formats, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        if formats.saves is None:
-            ctx.save_for_backward(weight, x)
-            return formats.output.matmul(x, weight.t(), bias)
-        codes, scale = formats.saves.quantize_a(x)
-        ctx.save_for_backward(weight, codes, scale)
-        return formats.saves.multiply(codes, scale, weight.t(), bias, x.dtype)
+        trains_x, trains_weight, *_ = ctx.needs_input_grad
+        a, kept_of_x = formats.input.first(x, later=trains_weight)
+        b, kept_of_weight = formats.weight.first(weight, later=trains_x)
+        ctx.formats, ctx.kept_of_x, ctx.dtype = formats, len(kept_of_x), x.dtype
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(*kept_of_x, *kept_of_weight)
+        return formats.output.multiply(a, b, bias, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        formats = ctx.formats
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                f"{ctx.formats.name} has no gradient of its gradient, and create_graph=True asks for one: leave the "
+                f"{formats.name} has no gradient of its gradient, and create_graph=True asks for one: leave the "
                 "layers that a gradient penalty goes through in 16 bits (skip=)"
             )
-        weight, *saved = ctx.saved_tensors
+        kept = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_input = ctx.formats.grad_input.matmul(grad_output, weight)
-        if ctx.needs_input_grad[1]:
-            x = saved[0] if len(saved) == 1 else (saved[0] * saved[1]).to(ctx.dtype)
-            grad_weight = ctx.formats.grad_weight.matmul(grad_output.t(), x).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
+        trains_x, trains_weight, trains_bias, _ = ctx.needs_input_grad
+        rows, columns = formats.grad_output.both(grad_output, trains_x, trains_weight)
+        if rows is not None:
+            weight = formats.weight.second(kept[ctx.kept_of_x :], ctx.dtype)
+            grad_input = formats.grad_input.multiply(rows, weight, None, ctx.dtype)
+        if columns is not None:
+            x = formats.input.second(kept[: ctx.kept_of_x], ctx.dtype)
+            grad_weight = formats.grad_weight.multiply(columns, x, None, ctx.weight_dtype)
+        if trains_bias:
             grad_bias = grad_output.sum(0, dtype=ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, None
 
@@ -59,6 +68,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, formats: GemmFormats)
     TypeError: an input that is not float32, float16 or bfloat16, or outside autocast is not of the weight's dtype.
     """
     device = x.device.type
+    if device == "cuda" and not torch.compiler.is_compiling():
+        require_device(formats, x.device)
     if x.dtype not in _INPUT_DTYPES:
         raise TypeError(
             f"{formats.name} got an input of {x.dtype}, expected float32, float16 or bfloat16; cast it first"
@@ -69,7 +80,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, formats: GemmFormats)
         raise TypeError(
             f"{formats.name} got an input of {x.dtype} and a weight of {weight.dtype}: cast one, or use autocast"
         )
-    output = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, formats)
+    rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
+    if torch.is_grad_enabled():
+        output = _Linear.apply(rows, weight, bias, formats)
+    else:
+        output = matmul(formats.output, rows, weight.t(), bias)
     return output.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -97,27 +112,3 @@ class QuantConv1D(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in={self.weight.shape[0]}, out={self.weight.shape[1]}, format={self.formats.name}"
-
-
-class SwitchBackLinear(QuantLinear):
-    """nn.Linear with output and grad_input in int8 and grad_weight in 16 bits.
-
-    vector_wise_quantization: a scale for each row (for grad_input: column) of the weight instead of one for all of it.
-    mem_efficient: backward keeps the int8 codes of the input instead of the input. Together they are a ValueError.
-
-    Source: Wortsman et al. 2023, section 2, https://arxiv.org/abs/2304.13013
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        vector_wise_quantization: bool = False,
-        mem_efficient: bool = False,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        suffix = "_vectorwise" * vector_wise_quantization + "_mem_efficient" * mem_efficient
-        self.formats = format_named(f"int8_switchback{suffix}")
