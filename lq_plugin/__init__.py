@@ -7,14 +7,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lq_plugin.auto_format import Auto
     from lq_plugin.callbacks import ClipMonitor, GracefulStop, MemoryMonitor, TokenThroughput
     from lq_plugin.conversion import Conversion, convert
+    from lq_plugin.lora_config import LoRAConfig
     from lq_plugin.plugin import QuantPlugin
 
 _HOMES = {
+    "Auto": "lq_plugin.auto_format",
     "ClipMonitor": "lq_plugin.callbacks",
     "Conversion": "lq_plugin.conversion",
     "GracefulStop": "lq_plugin.callbacks",
+    "LoRAConfig": "lq_plugin.lora_config",
     "MemoryMonitor": "lq_plugin.callbacks",
     "QuantPlugin": "lq_plugin.plugin",
     "TokenThroughput": "lq_plugin.callbacks",
@@ -23,7 +27,17 @@ _HOMES = {
 
 _SUBPACKAGES = ("callbacks", "formats", "layers", "optim")
 
-__all__ = ["ClipMonitor", "Conversion", "GracefulStop", "MemoryMonitor", "QuantPlugin", "TokenThroughput", "convert"]
+__all__ = [
+    "Auto",
+    "ClipMonitor",
+    "Conversion",
+    "GracefulStop",
+    "LoRAConfig",
+    "MemoryMonitor",
+    "QuantPlugin",
+    "TokenThroughput",
+    "convert",
+]
 __version__ = "0.1.0"
 
 

@@ -1,83 +1,27 @@
-"""Gives the linear layers of a model a format, in place, and says what became of each layer.
+"""Gives the layers of a model a format, in place, and says what became of each of them.
 
-A trainable format keeps the parameter: a layer is converted by changing its class, so that parameters, hooks, names
-and ties stay what they were.
+A layer is converted by changing what its module is: the class for a format that trains, which keeps the parameters;
+class and contents for one that is frozen. So the model, its names, its hooks and whoever holds a layer see the same
+modules as before.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import nn
 
+from lq_plugin.auto_format import Device, training_device
+from lq_plugin.formats import Format
+from lq_plugin.formats.frozen import FrozenFormat
 from lq_plugin.formats.gemm import GemmFormats
-from lq_plugin.layers.linear import QuantConv1D, QuantLinear
-from lq_plugin.policy import NO_PATTERN, LinearSpec, Policy
-from lq_plugin.structure import (
-    disable_fast_paths,
-    embedding_parameters,
-    impossible,
-    is_conv1d,
-    is_embedding,
-    is_lazy,
-    is_linear,
-    named_modules,
-    unwanted,
-)
+from lq_plugin.layer_plan import Conversion, Layer, check_share, conversion_of, planned
+from lq_plugin.layers.experts import FrozenExperts, projections
+from lq_plugin.layers.linear import QuantConv1D, QuantLinear, is_conv1d
+from lq_plugin.policy import LinearSpec, Policy
+from lq_plugin.structure import disable_fast_paths, is_linear
 
-# Below this share of the weights a conversion is more likely a mistake in the patterns than a wish.
-_LEAST_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What became of a linear or an embedding: its format, or the reason why it was left alone."""
-
-    name: str
-    module: nn.Module = field(repr=False)
-    formats: GemmFormats | None
-    reason: str
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.module.parameters(recurse=False))
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """layers: every linear and embedding. rest: the parameters outside them. embeddings: ids of parameters."""
-
-    layers: list[Layer]
-    rest: list[nn.Parameter] = field(repr=False)
-    embeddings: set[int] = field(repr=False)
-
-    @property
-    def converted(self) -> list[Layer]:
-        return [layer for layer in self.layers if layer.formats]
-
-    @property
-    def weights(self) -> int:
-        """Elements of all matrices (parameters of two or more dimensions) outside the embeddings."""
-        return self._matrix_elements(
-            p for parameters in (*(x.parameters for x in self.layers), self.rest) for p in parameters
-        )
-
-    @property
-    def quantized_weights(self) -> int:
-        return self._matrix_elements(p for layer in self.converted for p in layer.parameters)
-
-    @property
-    def share(self) -> float:
-        return self.quantized_weights / self.weights if self.weights else 0.0
-
-    def _matrix_elements(self, parameters: Iterable[nn.Parameter]) -> int:
-        matrices = {id(p): p.numel() for p in parameters if p.dim() >= 2}
-        return sum(numel for key, numel in matrices.items() if key not in self.embeddings)
-
-    def __str__(self) -> str:
-        from lq_plugin.report import conversion_table
-
-        return conversion_table(self)
+__all__ = ["Conversion", "Layer", "LinearSpec", "convert", "frozen_plan", "report_of"]
 
 
 def convert(
@@ -87,49 +31,94 @@ def convert(
     skip: Iterable[str] = (),
     lora: object | None = None,
     partial: bool = False,
+    device: torch.device | str | None = None,
 ) -> Conversion:
     """Converts the linear layers of a model in place; printing what it returns shows a table.
 
     linear: a format name or object, or {name pattern: format}, where the first match wins; None converts nothing.
+    "auto", or an Auto, in place of a format chooses one for each layer by device and shape, where that is faster.
     skip: patterns of layers to leave alone, on top of those that always are: tied weights, the output embedding,
-    routers and the projections inside MultiheadAttention. A layer that an earlier call converted goes back to 16 bits
-    where it is skipped or its format is None. partial: accept that less than half of the weights convert.
+    routers and the projections inside MultiheadAttention. lora: a LoRAConfig or peft.LoraConfig; adapters beside frozen
+    layers, after which nothing else of the model trains. partial: accept that less than half of the weights convert.
+    device: where weights are frozen, one after another, and stay; None is where they are. "auto" chooses for it; there
+    None is where the model is, but the GPU, if there is one, for a model that is still on the CPU.
 
-    Nothing is changed when it raises. ValueError: an unknown format; a pattern that matches no layer; nothing to
-    convert; less than half of the weights outside the embeddings converted.
+    Formats that are frozen also take transformers' Conv1D and fused experts. A layer that an earlier call gave a format
+    that trains goes back to 16 bits where it is skipped or its format is None; a frozen one stays.
+
+    Nothing is changed when it raises, but where `lora` fits no fused experts, which shows once they are frozen.
+    ValueError: an unknown format; a pattern that matches no layer; nothing to convert, or less than half of the weights
+    outside the embeddings converted, where it is not "auto" that left them alone; a weight that is quantised already, by another library or in another format; lora
+    without a frozen format.
     """
-    if lora is not None:
-        raise ValueError("lora needs a frozen base format, which this version does not have; leave lora=None")
-    for name, module in named_modules(model):
-        if is_lazy(module):
-            raise ValueError(f"layer {name!r} has no shape yet: run one batch through the model before converting it")
-    policy = Policy.of(linear, skip)
-    policy.check_patterns(name for name, module in named_modules(model) if is_linear(module))
-    conversion = _conversion(model, policy)
+    policy = policy_on(model, Policy.of(linear, skip), device)
+    lora = checked_lora(lora, policy)
+    conversion = planned(model, policy)
     if policy.converts:
-        _check_share(conversion, partial)
+        check_share(conversion, partial)
+    config = None if lora is None else _fitting_lora(conversion, model, lora)
+    freezing = [layer for layer in conversion.layers if layer.frozen is None and _is_frozen(layer.formats)]
     for layer in conversion.layers:
-        _give(layer.module, layer.formats)
+        if not _is_frozen(layer.formats):
+            _give(layer.module, layer.formats)
+    for module, format in {id(layer.module): (layer.module, layer.formats) for layer in freezing}.values():
+        assert isinstance(format, FrozenFormat)
+        _become(module, format.freeze(module, device))
     if conversion.converted:
         disable_fast_paths(model)
-    return conversion
+    if config is not None:
+        _adapt(model, config)
+    return conversion if config is None and not freezing else conversion_of(model, policy)
 
 
 def report_of(model: nn.Module) -> Conversion:
     """What became of a model's layers earlier; nothing is changed."""
-    return _conversion(model, Policy.of({}, ()))
+    return conversion_of(model, Policy.of({}, ()))
 
 
-def _conversion(model: nn.Module, policy: Policy) -> Conversion:
-    """What the policy would make of the model."""
-    layers = list(_plan(model, policy))
-    seen = {id(p) for layer in layers for p in layer.parameters}
-    rest = [p for p in model.parameters() if id(p) not in seen]
-    return Conversion(layers, rest, embedding_parameters(model))
+def frozen_plan(model: nn.Module, linear: LinearSpec, skip: Iterable[str] = ()) -> dict[str, FrozenFormat]:
+    """name of a module -> the format that `convert` would freeze it in; nothing is changed, and no value is read.
+
+    The names are those of model.named_modules(). Errors are those of `convert`, and a format that trains is one.
+    """
+    policy = Policy.of(linear, skip)
+    trained = [format.name for _, format in policy.rules if isinstance(format, GemmFormats)] + ["auto"] * policy.is_auto
+    if trained:
+        raise ValueError(
+            f"{', '.join(trained)} trains the weights it multiplies: expected frozen formats (nf4, fp4, …)"
+        )
+    plan = {id(layer.module): layer.formats for layer in planned(model, policy).converted if layer.frozen is None}
+    formats = ((name, plan.get(id(module))) for name, module in model.named_modules())
+    return {name: format for name, format in formats if isinstance(format, FrozenFormat)}
 
 
-def _give(module: nn.Module, formats: GemmFormats | None) -> None:
-    """Changes the class of a layer to one with a format, or back to the one that it had."""
+def policy_on(model: nn.Module, policy: Policy, device: torch.device | str | None) -> Policy:
+    """The policy with "auto" told where the model trains; see `convert` for `device`."""
+    return policy.on(Device.of(training_device(model, device))) if policy.is_auto else policy
+
+
+def checked_lora(lora: object | None, policy: Policy) -> object | None:
+    """The LoRAConfig of whatever describes one; ValueError beside a policy that freezes nothing."""
+    if lora is None:
+        return None
+    if not policy.freezes:
+        raise ValueError("lora needs a frozen base format (nf4, fp4, llm_int8) in `linear`; or leave lora=None")
+    from lq_plugin.lora_config import LoRAConfig
+
+    return LoRAConfig.of(lora)
+
+
+def has_layers(model: nn.Module) -> bool:
+    """Whether there is a linear or fused experts in it."""
+    return any(is_linear(m) or projections(m) or isinstance(m, FrozenExperts) for m in model.modules())
+
+
+def _is_frozen(format: Format | None) -> bool:
+    return isinstance(format, FrozenFormat)
+
+
+def _give(module: nn.Module, formats: Format | None) -> None:
+    """Changes the class of a layer to one with a format that trains, or back to the one that it had."""
     if formats is not None:
         if not isinstance(module, QuantLinear | QuantConv1D):
             module.converted_from = type(module)  # type: ignore[assignment]
@@ -140,39 +129,37 @@ def _give(module: nn.Module, formats: GemmFormats | None) -> None:
         del module.formats
 
 
-def _goes_back(module: nn.Module, reason: str) -> bool:
-    """Whether a layer that convert() changed is to be left alone now; one that its user built stays what it is."""
-    return "converted_from" in module.__dict__ and reason != NO_PATTERN
+def _become(module: nn.Module, frozen: nn.Module) -> None:
+    """Makes `module` what `frozen` is, its hooks and further attributes kept; the weight that it had is freed."""
+    had = {name: value for name, value in vars(module).items() if name not in ("converted_from", "formats")}
+    hooks = {name: value for name, value in had.items() if "hooks" in name}
+    module.__class__ = type(frozen)
+    module.__dict__.clear()
+    module.__dict__.update(had | vars(frozen) | hooks)
 
 
-def _plan(model: nn.Module, policy: Policy) -> Iterator[Layer]:
-    cannot, should_not = impossible(model), unwanted(model)
-    for name, module in named_modules(model):
-        if is_embedding(module):
-            yield Layer(name, module, None, "embedding")
-        if not is_linear(module):
-            continue
-        formats, reason = policy.decide(name)
-        if id(module) in cannot:
-            formats, reason = None, cannot[id(module)]
-        elif id(module) in should_not and not policy.names_in_full(name):
-            formats, reason = None, should_not[id(module)]
-        elif formats is None and isinstance(module, QuantLinear | QuantConv1D) and not _goes_back(module, reason):
-            formats, reason = module.formats, ""
-        yield Layer(name, module, formats, reason)
+def _fitting_lora(conversion: Conversion, model: nn.Module, config: Any) -> object | None:
+    """The config, or None where an earlier call adapted the model; raises before anything is changed.
+
+    Patterns for the adapters of fused experts can be checked only when those are frozen.
+    """
+    from lq_plugin.lora_placement import check_patterns, check_saved_whole, lora_layers, targets
+
+    if lora_layers(model):
+        return None
+    converted = {id(layer.module): layer for layer in conversion.converted}
+    for name, saved in check_saved_whole(model, config).items():
+        for layer in (converted[id(m)] for m in saved.modules() if id(m) in converted):
+            raise ValueError(
+                f"modules_to_save: {name!r} would be quantised in {layer.formats.name} and could not train; "  # type: ignore[union-attr]
+                f"pass skip={layer.name!r}"
+            )
+    if not any(layer.projection for layer in conversion.layers):
+        check_patterns(model, config, list(targets(model, config)))
+    return config
 
 
-def _check_share(conversion: Conversion, partial: bool) -> None:
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for layer in conversion.layers:
-        if layer.formats is None:
-            reasons[layer.reason].append(layer.name)
-    left = "; ".join(f"{reason}: {', '.join(names[:3])}{' …' * (len(names) > 3)}" for reason, names in reasons.items())
-    if not conversion.converted:
-        found = f"left alone: {left}" if left else "the model has no nn.Linear"
-        raise ValueError(f"no linear layer to convert ({found}); pass linear=None to quantise none")
-    if conversion.share < _LEAST_SHARE and not partial:
-        raise ValueError(
-            f"only {conversion.share:.1%} of the weights outside the embeddings would be quantised, less than half "
-            f"(left alone: {left or 'none'}); pass partial=True to accept that"
-        )
+def _adapt(model: nn.Module, config: object) -> None:
+    from lq_plugin.adapters import add_lora
+
+    add_lora(model, config)

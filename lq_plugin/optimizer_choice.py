@@ -79,7 +79,7 @@ class OptimizerChoice:
                 if group.get(option):
                     return f"its twin has no {option}"
             for p in group["params"]:
-                if p.dtype not in PARAMETER_DTYPES:
+                if p.requires_grad and p.dtype not in PARAMETER_DTYPES:
                     return f"it holds {p.dtype} parameters, its twin takes float32, bfloat16 and float16"
         return None
 
@@ -118,9 +118,10 @@ def _options(optimizer: str | Options) -> Options:
 
 
 def _state_bytes(optimizer: Optimizer) -> dict[int, tuple[int, int]]:
-    """By id of the parameter, as the optimizer itself decides."""
+    """By id of the parameter, as the optimizer itself decides; what is frozen gets no state."""
     assert isinstance(optimizer, LowBitOptimizer)
-    return {id(p): optimizer.state_bytes(group, p) for group in optimizer.param_groups for p in group["params"]}
+    held = [(group, p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    return {id(p): optimizer.state_bytes(group, p) for group, p in held}
 
 
 def _told(swap: Swap, options: Options, clipping: str) -> str:

@@ -2,20 +2,27 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.optim import Optimizer
 
 from lq_plugin import record, rng
-from lq_plugin.conversion import Conversion, convert, report_of
+from lq_plugin.adapter_checkpoint import keep_trained
+from lq_plugin.callbacks.early_swap import EarlySwap as EarlySwap
+from lq_plugin.conversion import Conversion, checked_lora, convert, has_layers, policy_on, report_of
+from lq_plugin.layer_plan import conversion_of
+from lq_plugin.layers.experts import FrozenExperts
+from lq_plugin.layers.frozen import FrozenLinear
 from lq_plugin.layers.linear import QuantConv1D, QuantLinear
 from lq_plugin.optim import Options
 from lq_plugin.optim.base import LowBitOptimizer
@@ -27,21 +34,28 @@ from lq_plugin.report import conversion_table
 _UNSUPPORTED_STRATEGIES = ("DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
 _STEPS_BETWEEN_WARNINGS = 100
 _WITHOUT_RELEASE = "leave out gradient_release"
+_CHECKPOINTS = ("adapter", "full")
 
 
 class QuantPlugin(AnyStrategyPrecision):
     """`Trainer(plugins=[QuantPlugin()])` trains the model's linear layers and optimizer in low bits.
 
     linear: a format name or object, {name pattern: format} of which the first match wins, or None: linears stay.
+    "auto", or an lq_plugin.Auto, in place of a format quantises those layers that are faster for it on this device.
     optimizer: "auto" swaps those that have an 8-bit twin and names the rest; "8bit" and "32bit" raise where there is
     no twin; lq_plugin.optim.Options; None leaves optimizers alone.
     percentile_clipping: each tensor's gradient is clipped at this percentile (1..99) of its last 100 norms; "auto" is
     5, or off beside the Trainer's gradient_clip_val; None is off.
+    lora: a LoRAConfig or peft.LoraConfig; adapters beside layers in a frozen format, and nothing else trains.
     precision: of all that is not quantised: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed; None takes bf16-mixed
     on GPUs that have it, 16-mixed on others and 32-true on a CPU.
     skip: patterns of linears to leave alone, on top of those that always are (see `lq_plugin.convert`).
     partial: accept that less than half of the weights are quantised.
+    checkpoint: what checkpoints hold of a model with adapters: "adapter" is what trains and a fingerprint of the base,
+    "full" everything, as it always is under FSDP, ModelParallelStrategy, WeightAveraging and in save_weights_only.
     """
+
+    alive: ClassVar["WeakSet[QuantPlugin]"] = WeakSet()
 
     def __init__(
         self,
@@ -53,13 +67,17 @@ class QuantPlugin(AnyStrategyPrecision):
         precision: str | None = None,
         skip: Iterable[str] = (),
         partial: bool = False,
+        checkpoint: str = "adapter",
     ) -> None:
         super().__init__()
-        if lora is not None:
-            raise ValueError("lora needs a frozen base format, which this version does not have; leave lora=None")
+        if checkpoint not in _CHECKPOINTS:
+            raise ValueError(f"checkpoint must be one of {', '.join(_CHECKPOINTS)}, got {checkpoint!r}")
+        self._checkpoint = checkpoint
+        self._module: nn.Module | None = None
         self._linear = linear
         self._skip = (skip,) if isinstance(skip, str) else tuple(skip)
         self._policy = Policy.of(linear, self._skip)
+        self._lora = checked_lora(lora, self._policy)
         self._partial = partial
         self._optimizer = OptimizerChoice.of(optimizer, percentile_clipping)
         self._asked_precision = None if precision is None else precision_named(precision)
@@ -73,19 +91,43 @@ class QuantPlugin(AnyStrategyPrecision):
         self._moved_optimizers: list[LowBitOptimizer] = []
         self._steps = 0
         self._reported = ""
+        self.alive.add(self)
+
+    def freeze_early(self, module: LightningModule) -> bool:
+        """Freezes layers and adds adapters, if that is asked for and there are layers; says whether it changed any."""
+        is_built_later = is_overridden("configure_model", module) and not has_layers(module)
+        if not self._policy.freezes or is_built_later:
+            return False
+        trainer = _trainer_of(module)
+        _check_strategy(trainer.strategy, self._optimizer.options, self._policy)
+        before = len(report_of(module).converted)
+        return len(self._convert(module, trainer).converted) > before
+
+    def _convert(self, module: nn.Module, trainer: Trainer) -> Conversion:
+        return convert(
+            module,
+            self._linear,
+            skip=self._skip,
+            lora=self._lora,
+            partial=self._partial,
+            device=trainer.strategy.root_device,
+        )
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         trainer = _trainer_of(module)
-        _check_strategy(trainer.strategy, self._optimizer.options)
+        _check_strategy(trainer.strategy, self._optimizer.options, self._policy)
         self.set_precision(self._asked_precision or default_precision(trainer.strategy.root_device), trainer.strategy)
         self._gradient_clip_val = trainer.gradient_clip_val
         self._against_release = _reason_against_release(trainer, self.precision)
         self._fitting = trainer.state.fn == TrainerFn.FITTING
+        self._module = module if self._checkpoint == "adapter" and not _needs_everything(trainer) else None
         self._rng_at_first_step = None
         if isinstance(trainer.strategy, ModelParallelStrategy):
             self._conversion = self._converted_earlier(module)
         else:
-            self._conversion = convert(module, self._linear, skip=self._skip, partial=self._partial)
+            self._conversion = self._convert(module, trainer)
+        if self._fitting:
+            _check_something_trains(module)
         return super().convert_module(module)
 
     def connect(
@@ -110,6 +152,8 @@ class QuantPlugin(AnyStrategyPrecision):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._conversion is not None:
             record.write(checkpoint, self._conversion, self.precision)
+        if self._module is not None:
+            keep_trained(checkpoint["state_dict"], self._module)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self._conversion is not None, "Lightning sets the model up before it restores a run"
@@ -167,13 +211,22 @@ class QuantPlugin(AnyStrategyPrecision):
 
     def _converted_earlier(self, module: nn.Module) -> Conversion:
         """ModelParallelStrategy has sharded the layers by now: configure_model converted them, or nobody can."""
-        converted = any(isinstance(m, QuantLinear | QuantConv1D) for m in module.modules())
-        if self._policy.converts and not converted:
+        converted = any(
+            isinstance(m, QuantLinear | QuantConv1D | FrozenLinear | FrozenExperts) for m in module.modules()
+        )
+        if not converted and self._would_convert(module):
             raise ValueError(
                 "under ModelParallelStrategy layers are converted before they are sharded: call "
                 "lq_plugin.convert(model, ...) in configure_model ahead of fully_shard, or pass linear=None"
             )
         return report_of(module)
+
+    def _would_convert(self, module: nn.Module) -> bool:
+        """"auto" may have left every layer alone."""
+        if not self._policy.is_auto:
+            return self._policy.converts
+        policy = policy_on(module, self._policy, _trainer_of(module).strategy.root_device)
+        return bool(conversion_of(module, policy).converted)
 
 
 def _trainer_of(module: nn.Module) -> Trainer:
@@ -185,7 +238,22 @@ def _trainer_of(module: nn.Module) -> Trainer:
     )
 
 
-def _check_strategy(strategy: Strategy, options: Options | None) -> None:
+def _needs_everything(trainer: Trainer) -> bool:
+    """Sharded checkpoints are restored tensor by tensor, and averages of frozen values differ from them by rounding."""
+    averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return averages or isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+
+
+def _check_something_trains(module: nn.Module) -> None:
+    parameters = list(module.parameters())
+    if parameters and not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            "every parameter is frozen, so there is nothing to fit: pass lora=LoRAConfig(...) to train adapters, or "
+            "leave some layers out of the frozen formats"
+        )
+
+
+def _check_strategy(strategy: Strategy, options: Options | None, policy: Policy) -> None:
     names = [base.__name__ for base in type(strategy).__mro__]
     for unsupported in _UNSUPPORTED_STRATEGIES:
         if unsupported in names:
@@ -193,6 +261,11 @@ def _check_strategy(strategy: Strategy, options: Options | None) -> None:
                 f"QuantPlugin got {unsupported}, which keeps its own precision and optimizer; expected a single "
                 "device, ddp, fsdp or ModelParallelStrategy (FSDP2): pass strategy='ddp', or ModelParallelStrategy"
             )
+    if policy.freezes and isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            f"QuantPlugin got {type(strategy).__name__} and a frozen format, whose integers it cannot flatten and "
+            "whose rows it would cut: use ModelParallelStrategy (FSDP2), or strategy='ddp'"
+        )
     if options is not None and isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
         raise ValueError(
             f"QuantPlugin got {type(strategy).__name__} and optimizer state in {options.state}, which cannot be "

@@ -5,13 +5,16 @@ whole name, and `all-linear` matches every layer.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from lq_plugin.formats import FORMATS, format_named
+from lq_plugin.auto_format import Auto, Chooser, Device
+from lq_plugin.formats import Format, format_named
+from lq_plugin.formats.frozen import FrozenFormat
 from lq_plugin.formats.gemm import GemmFormats
 
-LinearSpec = str | GemmFormats | Mapping[str, "str | GemmFormats | None"] | None
+LinearSpec = str | Format | Auto | Mapping[str, "str | Format | Auto | None"] | None
+Wanted = Format | Auto | Chooser | None  # Auto until the device is known
 
 ALL_LINEAR = "all-linear"
 NO_PATTERN = "matches no pattern"
@@ -32,7 +35,7 @@ class Policy:
     user_patterns: those of them that the user wrote, each of which has to match a layer.
     """
 
-    rules: tuple[tuple[str, GemmFormats | None], ...]
+    rules: tuple[tuple[str, Wanted], ...]
     skip: tuple[str, ...]
     user_patterns: tuple[str, ...]
 
@@ -48,8 +51,27 @@ class Policy:
     def converts(self) -> bool:
         return any(formats is not None for _, formats in self.rules)
 
-    def decide(self, name: str) -> tuple[GemmFormats | None, str]:
-        """The format of a layer, or None and the reason."""
+    @property
+    def freezes(self) -> bool:
+        return any(isinstance(format, FrozenFormat) for _, format in self.rules)
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether a rule chooses by the shape of a layer."""
+        return any(isinstance(wanted, Auto | Chooser) for _, wanted in self.rules)
+
+    def on(self, device: Device) -> "Policy":
+        """The policy of a model that trains on `device`; errors are those of Auto.on."""
+        rules = ((pattern, x.on(device) if isinstance(x, Auto) else x) for pattern, x in self.rules)
+        return replace(self, rules=tuple(rules))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What chose where a rule is "auto"."""
+        return tuple(dict.fromkeys(wanted.note for _, wanted in self.rules if isinstance(wanted, Chooser)))
+
+    def decide(self, name: str) -> tuple[Wanted, str]:
+        """The format of a layer, or who chooses it, or None and the reason."""
         for pattern in self.skip:
             if matches(pattern, name):
                 return None, f"skip={pattern!r}"
@@ -82,13 +104,15 @@ def _patterns(skip: Iterable[str]) -> tuple[str, ...]:
     return patterns
 
 
-def _format(spec: "str | GemmFormats | None") -> GemmFormats | None:
-    if spec is None or spec == "none" or isinstance(spec, GemmFormats):
-        return spec if isinstance(spec, GemmFormats) else None
+def _format(spec: "str | Format | Auto | None") -> Format | Auto | None:
+    if isinstance(spec, GemmFormats | FrozenFormat | Auto):
+        return spec
+    if spec is None or spec == "none":
+        return None
     if spec == "auto":
-        raise ValueError(
-            f"linear='auto' needs measured tables that this version does not have; formats: {', '.join(FORMATS)}"
-        )
+        return Auto()
     if not isinstance(spec, str):
-        raise TypeError(f"linear takes a format name, a format, a {{pattern: format}} dict or None, got {spec!r}")
+        raise TypeError(
+            f"linear takes a format name, a format, 'auto', a {{pattern: format}} dict or None, got {spec!r}"
+        )
     return format_named(spec)

@@ -17,6 +17,12 @@ from lq_plugin.optim.base import LowBitOptimizer
 KEY = "lq_plugin"
 VERSION = 1
 
+_OTHER_ARGUMENTS = "give QuantPlugin the linear= and skip= of the checkpoint's run"
+_OTHER_CHOICE = (
+    "linear='auto' chooses by device and table, and one of them is another; give QuantPlugin "
+    f"linear=torch.load(path, weights_only=True)[{KEY!r}]['linear'], the formats of the checkpoint's run, and partial=True"
+)
+
 
 def write(checkpoint: dict[str, Any], conversion: Conversion, precision: str) -> None:
     """Adds the formats by layer, the precision and the random generators, as plain values and tensors.
@@ -43,12 +49,13 @@ def check(checkpoint: Mapping[str, Any], conversion: Conversion) -> Mapping[str,
             f"version {VERSION}: install the lq_plugin that wrote it, or load its state_dict alone"
         )
     saved, present = record["linear"], _formats(conversion)
+    is_auto = any(layer.is_auto for layer in conversion.layers)
     for name in sorted(saved.keys() | present.keys()):
         if saved.get(name) != present.get(name):
             raise ValueError(
                 f"layer {name!r} was trained in {saved.get(name, 'no format')} and is now in "
-                f"{present.get(name, 'no format')}: give QuantPlugin the linear= and skip= of the checkpoint's run, or "
-                "load its state_dict alone to go on in another format"
+                f"{present.get(name, 'no format')}: {_OTHER_CHOICE if is_auto else _OTHER_ARGUMENTS}, or load its "
+                "state_dict alone to go on in another format"
             )
     return record
 

@@ -24,13 +24,14 @@ class _Row:
     shape: str
     outcome: str
     count: int = 0
-    weight_bytes: int = 0
+    weight_bytes: list[int] = field(default_factory=lambda: [0, 0])
     state_bytes: list[int] = field(default_factory=lambda: [0, 0])
 
-    def add(self, parameters: Iterable[nn.Parameter], states: StateBytes) -> None:
+    def add(self, weight_bytes: tuple[int, int], parameters: Iterable[nn.Parameter], states: StateBytes) -> None:
         self.count += 1
+        for position, size in enumerate(weight_bytes):
+            self.weight_bytes[position] += size
         for parameter in parameters:
-            self.weight_bytes += parameter.numel() * parameter.element_size()
             for position, size in enumerate(states.get(id(parameter), (0, 0))):
                 self.state_bytes[position] += size
 
@@ -48,10 +49,9 @@ def conversion_table(conversion: Conversion, states: StateBytes | None = None) -
         if row is rows[-1]:
             table.add_section()
         name = f"{row.name} ({row.count}×)" if row.count > 1 and row is not rows[-1] else row.name
-        # Formats that train the parameter keep its bytes.
-        cells = [row.weight_bytes] * 2 + (row.state_bytes if states is not None else [])
+        cells = row.weight_bytes + (row.state_bytes if states is not None else [])
         table.add_row(name, row.shape, row.outcome, *map(_size, cells))
-    return f"{_render(table)}\n{_share(conversion)}"
+    return "\n".join([_render(table), *conversion.notes, _share(conversion)])
 
 
 def _rows(conversion: Conversion, states: StateBytes) -> list[_Row]:
@@ -62,20 +62,29 @@ def _rows(conversion: Conversion, states: StateBytes) -> list[_Row]:
     for layer in conversion.layers:
         new = [p for p in layer.parameters if id(p) not in seen]
         seen |= {id(p) for p in new}
+        size = (layer.bytes_before, layer.bytes_after) if new else (0, 0)
         key = _kind(layer)
-        rows.setdefault(key, _Row(*key)).add(new, states)
-        total.add(new, states)
+        rows.setdefault(key, _Row(*key)).add(size, new, states)
+        total.add(size, new, states)
     others = _Row("everything else", "", "not a linear layer")
-    others.add(conversion.rest, states)
-    total.add(conversion.rest, states)
-    return [*rows.values(), *([others] if conversion.rest else []), total]
+    rest = sum(p.numel() * p.element_size() for p in conversion.rest)
+    for row in (others, total):
+        row.add((rest, rest), conversion.rest, states)
+    adapters = _Row("adapters", "", f"LoRA beside {len(conversion.adapted)} layers")
+    added = sum(p.numel() * p.element_size() for p in conversion.adapters)
+    for row in (adapters, total):
+        row.add((0, added), conversion.adapters, states)
+    more = [row for row, there in ((others, conversion.rest), (adapters, conversion.adapters)) if there]
+    return [*rows.values(), *more, total]
 
 
 def _kind(layer: Layer) -> tuple[str, str, str]:
     name = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer.name) or "(the model)"
-    shape = "×".join(map(str, layer.module.weight.shape))  # type: ignore[arg-type]
+    shape = "×".join(map(str, layer.shape))
     reason = re.sub(r"\.\d+(?=\.|$)", ".*", layer.reason)
-    return name, shape, layer.formats.name if layer.formats else reason
+    if layer.formats is None:
+        return name, shape, reason
+    return name, shape, f"{layer.formats.name} ({reason})" if reason else layer.formats.name
 
 
 def _share(conversion: Conversion) -> str:

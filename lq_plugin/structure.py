@@ -5,13 +5,18 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lq_plugin.layers.linear import QuantLinear
+from lq_plugin.layers.experts import expert_weights
+from lq_plugin.layers.frozen import FrozenLinear
+from lq_plugin.layers.linear import QuantLinear, is_conv1d
+
+# Levels that torch.compile and LoRA put between a layer and the name its user knows.
+_LEVELS = ("_orig_mod", "base_layer")
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names as the user wrote them: without the level that torch.compile puts in."""
+    """Names as the user wrote them: without the levels that torch.compile and LoRA put in."""
     for name, module in model.named_modules():
-        yield name.replace("_orig_mod.", ""), module
+        yield ".".join(part for part in name.split(".") if part not in _LEVELS), module
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -24,12 +29,6 @@ def is_embedding(module: nn.Module) -> bool:
 
 def is_lazy(module: nn.Module) -> bool:
     return any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False))
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D: a linear layer with its weight (in, out)."""
-    weight = getattr(module, "weight", None)
-    return type(module).__name__ in ("Conv1D", "QuantConv1D") and isinstance(weight, nn.Parameter) and weight.dim() == 2
 
 
 def embedding_parameters(model: nn.Module) -> set[int]:
@@ -47,7 +46,7 @@ def output_embeddings(model: nn.Module) -> list[nn.Module]:
 
 
 def impossible(model: nn.Module) -> dict[int, str]:
-    """id of a linear -> why it cannot be converted, even by name."""
+    """id of a linear or of experts -> why they cannot be converted, even by name."""
     owners: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
     reasons = {}
     for name, module in named_modules(model):
@@ -55,12 +54,37 @@ def impossible(model: nn.Module) -> dict[int, str]:
             owners[id(parameter)].append((name, module))
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             reasons[id(module)] = "MultiheadAttention reads its weight directly"
-        elif isinstance(module, nn.Linear) and type(module) is not nn.Linear and not isinstance(module, QuantLinear):
+        elif _is_foreign_subclass(module):
             reasons[id(module)] = f"{type(module).__name__} is a subclass of nn.Linear"
     for users in owners.values():
         for name, module in users if len(users) > 1 else ():
             reasons[id(module)] = f"tied to {', '.join(other for other, _ in users if other != name)}"
-    return reasons
+    return reasons | {id(module): "part of an adapter" for module in _adapters(model)}
+
+
+def _is_foreign_subclass(module: nn.Module) -> bool:
+    known = isinstance(module, QuantLinear | FrozenLinear) or type(module) is nn.Linear
+    return isinstance(module, nn.Linear) and not known
+
+
+def _adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Linears beside a base_layer: LoRA's factors in PEFT."""
+    for parent in model.modules():
+        base = parent._modules.get("base_layer")
+        if base is not None:
+            inside = {id(module) for module in base.modules()}
+            yield from (m for m in parent.modules() if is_linear(m) and id(m) not in inside)
+
+
+def quantized_elsewhere(module: nn.Module) -> str | None:
+    """What holds the weight of a linear that another library quantised: the name of its class, else None."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, FrozenLinear) or not isinstance(weight, nn.Parameter):
+        return None
+    if not weight.is_floating_point() or type(weight).__name__ in ("Params4bit", "Int8Params"):
+        return f"{type(module).__name__} with {weight.dtype}"
+    inner = type(weight.data)
+    return inner.__name__ if inner.__module__.partition(".")[0] == "torchao" else None
 
 
 def unwanted(model: nn.Module) -> dict[int, str]:
@@ -74,6 +98,7 @@ def _routers(parent: nn.Module) -> Iterator[nn.Module]:
     beside = [child for name, child in parent.named_children() if "expert" in name]
     experts = {len(child) for child in beside if isinstance(child, nn.ModuleList)}
     experts |= {p.shape[0] for child in beside for p in child.parameters(recurse=False) if p.dim() == 3}
+    experts |= {weight.num_experts for child in beside for weight in expert_weights(child).values()}
     for child in parent.children():
         if isinstance(child, nn.Linear) and child.out_features in experts:
             yield child

@@ -195,7 +195,7 @@ def test_a_layer_built_by_hand_keeps_its_class() -> None:
     model = nn.Sequential(SwitchBackLinearVectorwise(8, 8), nn.Linear(8, 8))
     conversion = lq_plugin.convert(model, {"1": "int8_switchback"})
     assert converted(conversion) == {"0": "int8_switchback_vectorwise", "1": "int8_switchback"}
-    assert type(model[0]).__name__ == "SwitchBackLinear"
+    assert type(model[0]) is SwitchBackLinearVectorwise
 
 
 def state(model: nn.Module) -> dict[str, type]:

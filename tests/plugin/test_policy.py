@@ -53,8 +53,8 @@ def test_a_format_object_serves_as_its_name() -> None:
     ("linear", "message"),
     [
         ("int7", r"unknown format 'int7'; formats: int8_switchback, "),
-        ("nf4-dq", r"unknown format 'nf4-dq': that is 'nf4_dq' here, which this version does not have; formats: int8"),
-        ("nf4", r"unknown format 'nf4'; formats: "),
+        ("nf4-dq", r"unknown format 'nf4-dq': use 'nf4_dq'; formats: int8_switchback, .*, nf4, nf4_dq, "),
+        ("mxfp8", r"unknown format 'mxfp8'; formats: "),
         ("switchback", r"unknown format 'switchback': use 'int8_switchback'"),
         ("int8_switchback_vectorwise_mem_efficient", "cannot be memory-efficient"),
         ("auto", r"linear='auto' needs measured tables that this version does not have; formats: int8_switchback"),
