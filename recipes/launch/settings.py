@@ -28,10 +28,20 @@ class UnknownSettingError(CompactHydraException):
     """Hydra prints the message of this one without a stack trace."""
 
 
-def check_settings(config: DictConfig) -> None:
-    """Raises for the first key that is no setting of the recipe, or no argument of the `_target_` beside it."""
+class MissingSettingError(CompactHydraException):
+    """Hydra prints the message of this one without a stack trace."""
+
+
+def check_settings(config: DictConfig, known: Collection[str] = TOP_LEVEL_KEYS) -> None:
+    """Raises for the first key that is no setting of the recipe, or no argument of the `_target_` beside it.
+
+    known: the recipe's own keys. A setting that has to be given and was not is an error too.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise MissingSettingError(f"no value for {', '.join(missing)}: pass {missing[0]}=...")
     settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
-    _check_keys("", settings, TOP_LEVEL_KEYS)
+    _check_keys("", settings, known)
     for key, value in settings.items():
         if key in COLLECTIONS:
             for name, entry in (value or {}).items():
@@ -41,7 +51,7 @@ def check_settings(config: DictConfig) -> None:
 
 
 @contextmanager
-def hints_on_exit() -> Iterator[None]:
+def hints_on_exit(top_level: Collection[str] = TOP_LEVEL_KEYS) -> Iterator[None]:
     """Hydra prints that it does not know a key, and exits; this adds which ones are known."""
     try:
         yield
@@ -49,7 +59,7 @@ def hints_on_exit() -> Iterator[None]:
         refused = leaving.__context__ and leaving.__context__.__cause__
         if isinstance(refused, ConfigAttributeError | ConfigKeyError) and isinstance(refused.parent_node, DictConfig):
             path = str(refused.full_key).rpartition(".")[0]
-            known = _arguments(refused.parent_node) if path else TOP_LEVEL_KEYS
+            known = _arguments(refused.parent_node) if path else top_level
             if refused.key not in known:  # else Hydra's advice, to put a + before it, is right
                 print(_unknown(f"{path}." if path else "", str(refused.key), known), file=sys.stderr)
         raise

@@ -13,6 +13,9 @@ BAR_WIDTH = 12  # leaves room for the metrics in 80 columns
 SHOWN = {
     "train/bits_per_byte": "loss {:.2f}",
     "val/bits_per_byte": "val {:.3f}",
+    "train/loss": "loss {:.3f}",
+    "val/loss": "val {:.3f}",
+    "val/accuracy": "accuracy {:.1%}",
     "tokens/s": "{:,.0f} tokens/s",
     "peak MB": "peak {:,.0f} MB",
 }
@@ -25,7 +28,7 @@ def progress_bar(lines: int = 20) -> ProgressBar:
 
 
 def metrics_text(trainer: Trainer) -> str:
-    """Loss and validation loss in bits per byte, speed and memory, as far as they are known."""
+    """Loss and validation loss, speed and memory, as far as they are known."""
     metrics = trainer.progress_bar_metrics
     return "  ".join(text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics)
 

@@ -11,10 +11,18 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lq_plugin.recipes.launch.processes import hydra_options
+from lq_plugin.recipes.reports.adapter import AdapterFolder
 from lq_plugin.recipes.reports.checkpoints import StepCheckpoint
 from lq_plugin.recipes.reports.figure import TrainingFigure
 from lq_plugin.recipes.reports.rehearsal import is_rehearsal
 from lq_plugin.recipes.reports.sample import TextSample
+
+# what is logged -> how it is written
+RESULTS = {
+    "val/bits_per_byte": "{:.3f} bits per byte on the validation files",
+    "val/loss": "loss {:.3f} on the validation samples",
+    "val/accuracy": "{:.1%} of them right",
+}
 
 
 @contextmanager
@@ -56,6 +64,8 @@ def artefacts(trainer: Trainer) -> dict[str, Path]:
             paths["figure"] = part.path
         elif isinstance(part, TextSample):
             paths["sample"] = part.path
+        elif isinstance(part, AdapterFolder):
+            paths["adapter"] = part.path
     config = HydraConfig.get()
     if config.output_subdir is not None:
         paths["config"] = Path(config.runtime.output_dir) / config.output_subdir / "config.yaml"
@@ -75,8 +85,12 @@ def resume_command(trainer: Trainer, checkpoint: Path) -> str:
 
 
 def _result(trainer: Trainer) -> str:
-    bits = trainer.callback_metrics.get("val/bits_per_byte")
-    measured = "" if bits is None else f", {bits:.3f} bits per byte on the validation files"
+    texts = [
+        text.format(trainer.callback_metrics[name])
+        for name, text in RESULTS.items()
+        if name in trainer.callback_metrics
+    ]
+    measured = "".join(f", {text}" for text in texts)
     done = "finished" if trainer.global_step >= trainer.max_steps else "stopped early"
     return f"{done} after {trainer.global_step} steps{measured}"
 

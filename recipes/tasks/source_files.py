@@ -21,8 +21,12 @@ class SourceFile:
 
     def is_validation(self, share: float) -> bool:
         """Whether the hash of the name is among the lowest `share` of all hashes."""
-        digest = hashlib.blake2b(self.name.encode(), digest_size=HASH_BYTES).digest()
-        return int.from_bytes(digest, "big") < share * 256**HASH_BYTES
+        return in_lowest_share(self.name, share)
+
+
+def in_lowest_share(name: str, share: float) -> bool:
+    digest = hashlib.blake2b(name.encode(), digest_size=HASH_BYTES).digest()
+    return int.from_bytes(digest, "big") < share * 256**HASH_BYTES
 
 
 def source_files(roots: list[str]) -> list[SourceFile]:

@@ -3,11 +3,20 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]
+
+
+class Numbered(Protocol):
+    """Windows or rows of tokens by number."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, numbers: Tensor) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class TrainingBatches:
     Every window comes once before any comes again. Of the batches from `first` on, each of `processes` takes its own.
     """
 
-    windows: Windows
+    windows: Numbered
     batch_size: int
     seed: int
     first: int = 0
@@ -58,7 +67,7 @@ class TrainingBatches:
 class ValidationBatches:
     """At most `number` windows, spread evenly over the text: always the same, and each process takes its own."""
 
-    windows: Windows
+    windows: Numbered
     number: int
     batch_size: int
     rank: int = 0

@@ -1,4 +1,4 @@
-"""`train(...)` runs the recipe in this process, on a tiny model and a few files."""
+"""`train(...)` runs the recipe in this process, on a tiny model and a few files; tiny models of transformers."""
 
 import logging
 import sys
@@ -12,6 +12,23 @@ from lq_plugin.recipes.train import main
 TINY = ["model.width=16", "model.depth=1", "model.heads=2", "model.context=16", "data.batch_size=2"]
 SHORT = ["trainer.max_steps=6", "trainer.val_check_interval=3", "trainer.log_every_n_steps=2"]
 ARTEFACTS = ["data.validation_windows=4", "callbacks.checkpoints.every_n_train_steps=2", "callbacks.sample.length=5"]
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TINY_LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -48,3 +65,44 @@ def train(tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch, capsys
         return Run(folder, capsys.readouterr().out)
 
     return run
+
+
+def _tokenizer(chat_template: str | None = CHAT_TEMPLATE):
+    """Bytes and a few merges, trained here; <|end|> ends a turn and a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(["what is the colour of the sky ? it is blue", "the number after one is two"], trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<|end|>", pad_token="<pad>")
+    made.chat_template = chat_template
+    return made
+
+
+def _save_llama(folder: Path, chat_template: str | None = CHAT_TEMPLATE, **settings) -> Path:
+    """A Llama with random weights, and its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    words = _tokenizer(chat_template)
+    sizes = {**TINY_LLAMA, "vocab_size": len(words), "eos_token_id": words.eos_token_id, **settings}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """make_tokenizer(chat_template=...) -> a tokenizer of transformers."""
+    return _tokenizer
+
+
+@pytest.fixture(scope="session")
+def save_llama():
+    """save_llama(folder, chat_template=..., **settings) -> the folder, with a model and its tokenizer in it."""
+    return _save_llama

@@ -51,5 +51,5 @@ def test_parts_that_do_not_fit_say_so_before_training(tmp_path):
     trainer = Trainer(accelerator="cpu", logger=False, max_steps=1, default_root_dir=tmp_path)
     with pytest.raises(ValueError, match="pass logger=csv or logger=wandb"):
         TrainingFigure("figure.png").setup(trainer, LightningModule(), "fit")
-    with pytest.raises(TypeError, match="asks a ByteLanguageModel to write, got LightningModule"):
+    with pytest.raises(TypeError, match="asks a language model to write, got LightningModule"):
         TextSample("sample.txt", prompt="a", length=1, temperature=1.0).setup(trainer, LightningModule(), "fit")

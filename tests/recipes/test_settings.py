@@ -90,7 +90,7 @@ def test_a_missing_checkpoint_stops_before_training(refused):
 
 @pytest.mark.parametrize(
     ("option", "expected"),
-    [("--help", "experiment: bytes_gpt, gpt_124m"), ("--cfg=job", "linear: int8_switchback")],
+    [("--help", "experiment: bytes_gpt, classify_hf, gpt_124m"), ("--cfg=job", "linear: int8_switchback")],
 )
 def test_help_and_configuration_are_printed_and_nothing_is_run(option, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
