@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from lq_plugin.recipes.benchmarks.cases import Case, measure, of_ceilings
+from lq_plugin.recipes.benchmarks.cases_4bit import Weight, four_bit_cases
 from lq_plugin.recipes.benchmarks.cases_blockwise import blockwise_cases
 from lq_plugin.recipes.benchmarks.cases_products import Size, product_cases
 from lq_plugin.recipes.benchmarks.cases_rowwise import rowwise_cases
@@ -15,12 +16,16 @@ from lq_plugin.recipes.benchmarks.timing import Ceilings, Stopwatch
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows and columns; (M, N, K); (tokens, in_features, out_features); what the ceilings are measured on."""
+    """Rows and columns; (M, N, K); (tokens, in_features, out_features); (in_features, out_features) of 4-bit
+    weights, rows of a small batch, tokens of a large one; what the ceilings are measured on."""
 
     blockwise: tuple[int, int]
     rowwise: tuple[int, int]
     products: list[Size]
     linears: list[Size]
+    weights: list[Weight]
+    rows: list[int]
+    tokens: list[int]
     copied_bytes: int
     product_side: int
 
@@ -30,10 +35,13 @@ FULL = Sizes(
     rowwise=(32768, 4096),
     products=[(8192, 8192, 8192), (32768, 4096, 1024), (32768, 16384, 4096), (8192, 14336, 4096)],
     linears=[(32768, 1024, 4096), (32768, 4096, 16384)],
+    weights=[(4096, 14336), (14336, 4096), (8192, 28672)],
+    rows=[1, 2, 4, 8, 16, 32, 64, 128],
+    tokens=[512, 2048, 8192],
     copied_bytes=2**31,
     product_side=8192,
 )
-SMALL = Sizes((16, 512), (32, 256), [(32, 64, 48)], [(32, 64, 96)], 2**16, 64)
+SMALL = Sizes((16, 512), (32, 256), [(32, 64, 48)], [(32, 64, 96)], [(64, 96)], [1, 8], [32, 48], 2**16, 64)
 
 
 @dataclass(frozen=True)
@@ -59,3 +67,4 @@ class OpBenchmark:
         yield from blockwise_cases(device, *sizes.blockwise)
         yield from rowwise_cases(device, *sizes.rowwise)
         yield from product_cases(device, sizes.products, sizes.linears)
+        yield from four_bit_cases(device, sizes.weights, sizes.rows, sizes.tokens)

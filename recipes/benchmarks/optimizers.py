@@ -1,14 +1,15 @@
-"""`benchmark=optimizers`: AdamW8bit's step beside bitsandbytes', torchao's and torch's, rows O1 to O5 of the goals.
+"""`benchmark=optimizers`: AdamW8bit's step beside bitsandbytes', torchao's and torch's, and those of other algorithms.
 
     O1   16 layers of an 8B Llama: 144 tensors, 3.49e9 values, bfloat16        O2   3000 small tensors, 0.39e9 values
     O3   the same with percentile clipping, and with stochastic rounding       O4   with e4m3 state
-    O5   one matrix of 1e9 values, float32
+    O5   one matrix of 1e9 values, float32                        O6   other algorithms on the model of O1
 
 A step is timed as a training loop calls it, one after the other, so `ms` is the larger of what host and device take.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from math import prod
 from typing import Any
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lq_plugin.optim import AdamW8bit
 from lq_plugin.recipes.benchmarks.cases import of_ceilings, told_in
 from lq_plugin.recipes.benchmarks.records import Result, installed
 from lq_plugin.recipes.benchmarks.timing import Ceilings, Stopwatch
@@ -27,6 +27,12 @@ Make = Callable[[list[Tensor]], Optimizer]
 
 LEARNING_RATE = 1e-3
 HYPER: dict[str, Any] = {"lr": LEARNING_RATE, "weight_decay": 0.01}
+_OWN_HYPER: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9},
+    "LARS": {"momentum": 0.9},
+}  # both have no state without
+_MUON_STEPS = 5
+_MUON_ERROR = 2.0**-4  # of the learning rate: products of bfloat16 matrices, added in another order
 _CHECKED: Shapes = [(33, 512), (8, 1000), (64, 4, 32), (300,)]  # rows of whole blocks, ragged rows, more dimensions
 _CHECKED_STEPS = 3
 
@@ -39,7 +45,10 @@ def llama(layers: int, width: int, hidden: int, keys: int) -> Shapes:
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, the options of AdamW8bit, and which others update the same model."""
+    """A model, an algorithm with its moments, options, and which others update the same model.
+
+    error: of a parameter, in learning rates, between kernels and reference.
+    """
 
     name: str
     what: str
@@ -47,6 +56,9 @@ class Setup:
     dtype: torch.dtype = torch.bfloat16
     options: dict[str, Any] = field(default_factory=dict)
     peers: tuple[str, ...] = ()
+    algorithm: str = "AdamW"
+    moments: int = 2
+    error: float = 2.0**-16
 
     @property
     def values(self) -> int:
@@ -58,8 +70,16 @@ class Setup:
 
         One-dimensional tensors keep float32 moments.
         """
-        of_states = sum(prod(shape) * (4 * (1 + 4 / 256) if len(shape) > 1 else 16) for shape in self.shapes)
-        return int(3 * self.dtype.itemsize * self.values + of_states)
+        of_moment = sum(prod(shape) * (2 * (1 + 4 / 256) if len(shape) > 1 else 8) for shape in self.shapes)
+        return int(3 * self.dtype.itemsize * self.values + self.moments * of_moment)
+
+    @property
+    def operations(self) -> int:
+        """Of Muon's products: x x', its square, and that times x, on the shorter side; None of the others has any."""
+        if self.algorithm != "Muon":
+            return 0
+        sides = [(min(shape), max(shape)) for shape in self.shapes]
+        return _MUON_STEPS * sum(4 * short**2 * long + 2 * short**3 for short, long in sides)
 
 
 def setups(llama_shapes: Shapes, small: Shapes, one: Shapes) -> Iterator[Setup]:
@@ -71,6 +91,24 @@ def setups(llama_shapes: Shapes, small: Shapes, one: Shapes) -> Iterator[Setup]:
     yield Setup("O2", "AdamW8bit", small, peers=everyone)
     yield Setup("O2", "AdamW8bit, percentile 5", small, options={"percentile_clipping": 5})
     yield Setup("O5", "AdamW8bit", one, torch.float32, peers=("bitsandbytes", "torch"))
+    yield from _other_algorithms(llama_shapes)
+
+
+def _other_algorithms(shapes: Shapes) -> Iterator[Setup]:
+    for algorithm, moments, peers in (
+        ("Adam", 2, ("bitsandbytes", "torchao", "torch")),
+        ("AdEMAMix", 3, ("bitsandbytes",)),
+        ("Lion", 1, ("bitsandbytes",)),
+        ("SGD", 1, ("bitsandbytes", "torch")),
+        ("RMSprop", 1, ("bitsandbytes", "torch")),
+        ("Adagrad", 1, ("bitsandbytes", "torch")),
+        ("LAMB", 2, ("bitsandbytes",)),
+        ("LARS", 1, ("bitsandbytes",)),
+    ):
+        yield Setup("O6", f"{algorithm}8bit", shapes, peers=peers, algorithm=algorithm, moments=moments)
+    matrices: Shapes = [shape for shape in shapes if len(shape) == 2]
+    how: dict[str, Any] = {"algorithm": "Muon", "moments": 1, "error": _MUON_ERROR}
+    yield Setup("O6", "Muon8bit", matrices, peers=("torch",), **how)
 
 
 FULL: tuple[Shapes, ...] = (llama(16, 4096, 14336, 1024), 1500 * [(512, 512), (512,)], [(31250, 32000)])
@@ -101,7 +139,8 @@ class OptimizerBenchmark:
 def measure(setup: Setup, watch: Stopwatch, ceilings: Ceilings) -> Result:
     """A result with times, or with the problem that kept them away."""
     shape = f"{len(setup.shapes)} tensors, {setup.values:.3g}"
-    result = Result(setup.name, setup.what, shape, str(setup.dtype).removeprefix("torch."), setup.bytes)
+    dtype = str(setup.dtype).removeprefix("torch.")
+    result = Result(setup.name, setup.what, shape, dtype, setup.bytes, setup.operations)
     problems: dict[str, str] = {}
     with told_in(problems, "ours"):
         check_parity(setup, watch.device)
@@ -112,9 +151,9 @@ def measure(setup: Setup, watch: Stopwatch, ceilings: Ceilings) -> Result:
     for peer in setup.peers:
         if peer == "torch" or installed(peer):
             with told_in(problems, peer):
-                result.peers[peer] = watch.time([PEERS[peer](params).step], queued=False).ms
+                result.peers[peer] = watch.time([PEERS[peer](setup)(params).step], queued=False).ms
             _give_back(watch.device)
-    floor = ceilings.floor_ms(setup.bytes) if watch.device.type == "cuda" else None
+    floor = ceilings.floor_ms(setup.bytes, setup.operations) if watch.device.type == "cuda" else None
     return replace(result, floor_ms=floor, peer_problems=problems)
 
 
@@ -127,24 +166,27 @@ def parameters(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> list
 
 
 def ours(setup: Setup) -> Make:
-    return lambda params: AdamW8bit(params, **HYPER, **setup.options)
+    return _of_module("lq_plugin.optim", setup, **setup.options)
 
 
-def _bitsandbytes(params: list[Tensor]) -> Optimizer:
-    return import_module("bitsandbytes.optim").AdamW8bit(params, **HYPER)
+def _of_module(module: str, setup: Setup, **more: Any) -> Make:
+    optimizer = getattr(import_module(module), f"{setup.algorithm}8bit")
+    return lambda params: optimizer(params, **HYPER, **_OWN_HYPER.get(setup.algorithm, {}), **more)
 
 
-def _torchao(params: list[Tensor]) -> Optimizer:
-    """It compiles its step by itself, once for each shape."""
-    return import_module("torchao.optim").AdamW8bit(params, **HYPER)
+def _torch(setup: Setup) -> Make:
+    """Moments in the dtype of the parameters; fused where torch has that."""
+    fused: dict[str, Any] = {"fused": True} if setup.algorithm in _FUSED else {}
+    optimizer = getattr(torch.optim, setup.algorithm)
+    return lambda params: optimizer(params, **HYPER, **_OWN_HYPER.get(setup.algorithm, {}), **fused)
 
 
-def _torch(params: list[Tensor]) -> Optimizer:
-    """Two moments in the dtype of the parameters."""
-    return torch.optim.AdamW(params, fused=True, **HYPER)
-
-
-PEERS: dict[str, Make] = {"bitsandbytes": _bitsandbytes, "torchao": _torchao, "torch": _torch}
+_FUSED = ("AdamW", "Adam", "SGD")
+PEERS: dict[str, Callable[[Setup], Make]] = {
+    "bitsandbytes": partial(_of_module, "bitsandbytes.optim"),
+    "torchao": partial(_of_module, "torchao.optim"),  # it compiles its step by itself, once for each shape
+    "torch": _torch,
+}
 
 
 def _timed(optimizer: Optimizer, result: Result, watch: Stopwatch) -> Result:
@@ -160,7 +202,8 @@ def _timed(optimizer: Optimizer, result: Result, watch: Stopwatch) -> Result:
 
 def check_parity(setup: Setup, device: torch.device) -> None:
     """A few steps of the kernels against those of the reference; AssertionError if they part."""
-    reference = parameters(_CHECKED, setup.dtype, torch.device("cpu"))
+    shapes = [shape for shape in _CHECKED if setup.algorithm != "Muon" or len(shape) == 2]
+    reference = parameters(shapes, setup.dtype, torch.device("cpu"))
     params: list[Tensor] = [torch.nn.Parameter(param.detach().to(device, copy=True)) for param in reference]
     optimizers = ours(setup)(reference), ours(setup)(params)
     for _ in range(_CHECKED_STEPS):
@@ -170,14 +213,14 @@ def check_parity(setup: Setup, device: torch.device) -> None:
         for optimizer in optimizers:
             optimizer.step()
     for param, expected in zip(params, reference, strict=True):
-        _assert_close(param.detach().cpu().double(), expected.detach().double(), torch.finfo(setup.dtype).eps)
+        _assert_close(param.detach().cpu().double(), expected.detach().double(), setup)
 
 
-def _assert_close(got: Tensor, expected: Tensor, epsilon: float) -> None:
+def _assert_close(got: Tensor, expected: Tensor, setup: Setup) -> None:
     """A moment may be read back as the neighbouring code, which happens to one in 2^14 of them and moves a parameter by
     a fraction of the learning rate; all others are off by at most a rounding of theirs, or of the update."""
     error = (got - expected).abs()
-    far = error > epsilon * expected.abs() + 2.0**-16 * LEARNING_RATE
+    far = error > torch.finfo(setup.dtype).eps * expected.abs() + setup.error * LEARNING_RATE
     assert far.double().mean() <= 2.0**-8, f"{float(far.double().mean()):.2%} of the parameters are off"
     assert error.max() <= _CHECKED_STEPS * LEARNING_RATE, f"a parameter is off by {float(error.max()):.2e}"
 

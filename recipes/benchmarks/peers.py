@@ -57,6 +57,18 @@ def dequantize_nf4(block_size: int, shape: list[int]) -> Callable[..., Call]:
     return prepare
 
 
+def frozen_nf4(functional: Any, weight: Tensor, packed: Tensor, absmax: Tensor) -> Callable[[Tensor], Tensor]:
+    """bitsandbytes.matmul_4bit with our bytes, which are theirs, in blocks of 64."""
+    code = functional.get_4bit_type("nf4", device=packed.device)
+    state = functional.QuantState(absmax, weight.shape, code, 64, "nf4", weight.dtype)
+    matmul_4bit = import_module("bitsandbytes").matmul_4bit
+    return lambda x: matmul_4bit(x, packed.t(), state)
+
+
+def matmul_nf4(functional: Any, x: Tensor, weight: Tensor, packed: Tensor, absmax: Tensor) -> Call:
+    return torch.no_grad()(partial(frozen_nf4(functional, weight, packed, absmax), x))
+
+
 def quantize_rows(functional: Any, x: Tensor, threshold: float) -> Call:
     return partial(functional.int8_vectorwise_quant, x.half(), threshold=threshold)
 

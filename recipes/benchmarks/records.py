@@ -1,5 +1,6 @@
 """What a benchmark writes: a line of JSON for each case, complete in itself, and a line of a table for people."""
 
+import json
 import os
 import platform
 import shlex
@@ -62,6 +63,9 @@ class Result:
             "problem": self.problem,
         }
 
+    def row(self) -> str:
+        return row(self.record())
+
 
 def _rounded(value: float | None) -> float | None:
     """To four digits: more are noise."""
@@ -96,6 +100,19 @@ def circumstances(device: torch.device, command: str) -> dict[str, Any]:
         "commit": _said_by("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines; none where there is no file. A last line that was cut off is left out."""
+    lines = path.read_text().split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def replace_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """A file of these records in place of the one that is there; whenever it ends, one of the two is whole."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text("".join(json.dumps(record) + "\n" for record in records))
+    new.replace(path)
 
 
 def command_line(module: str) -> str:

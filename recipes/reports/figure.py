@@ -60,7 +60,7 @@ def draw(series: dict[str, Series], path: Path) -> None:
     _draw_loss(loss, series)
     _draw_speed(speed, series)
     _draw_memory(memory, series)
-    for axes, title in ((loss, "bits per byte"), (speed, "tokens per second"), (memory, "memory, MB")):
+    for axes, title in ((loss, _loss_in(series)[1]), (speed, "tokens per second"), (memory, "memory, MB")):
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -69,11 +69,18 @@ def draw(series: dict[str, Series], path: Path) -> None:
     figure.savefig(path)
 
 
+def _loss_in(series: dict[str, Series]) -> tuple[str, str]:
+    """The name of the loss after train/ and val/, and what it is called."""
+    bytes_are_known = not {"train/loss", "val/loss"} & series.keys()
+    return ("bits_per_byte", "bits per byte") if bytes_are_known else ("loss", "loss, nats per token or sample")
+
+
 def _draw_loss(axes: Axes, series: dict[str, Series]) -> None:
-    if training := series.get("train/bits_per_byte"):
+    name = _loss_in(series)[0]
+    if training := series.get(f"train/{name}"):
         axes.plot(*training, color=BLUE, alpha=0.25, linewidth=0.8)
         axes.plot(training[0], _smoothed(training[1]), color=BLUE, linewidth=1.8, label="training, smoothed")
-    if validation := series.get("val/bits_per_byte"):
+    if validation := series.get(f"val/{name}"):
         axes.plot(*validation, color=ORANGE, marker="o", markersize=5, linewidth=1.2, label="validation")
         axes.annotate(
             f"{validation[1][-1]:.3f}",

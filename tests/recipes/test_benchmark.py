@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from torch import Tensor
 
+from lq_plugin import optim
 from lq_plugin.recipes.benchmark import main
 from lq_plugin.recipes.benchmarks import optimizers
 from lq_plugin.recipes.benchmarks.cases import Case, assert_close, assert_equal, ends, measure
@@ -44,13 +45,17 @@ def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("suite", ["ops", "optimizers"])
+@pytest.mark.parametrize("suite", ["ops", "optimizers", "matmul"])
 def test_every_case_is_timed_and_written(benchmark, suite: str) -> None:
     printed, records = benchmark(f"benchmark={suite}")
     assert [record["problem"] for record in records] == [None] * len(records)
     assert all(record.keys() >= KEYS and record["ms"] > 0 for record in records)
     names = {record["name"] for record in records}
-    goals = {"ops": {"Q1", "Q2", "I1", "I2", "F1", "L1"}, "optimizers": {"O1", "O2", "O3", "O4", "O5"}}
+    goals = {
+        "ops": {"Q1", "Q2", "I1", "I2", "F1", "L1", "G1", "G2", "G3", "G4"},
+        "optimizers": {"O1", "O2", "O3", "O4", "O5", "O6"},
+        "matmul": {f"B{number}" for number in range(1, 9)},
+    }
     assert names == goals[suite] | {"copy", "bf16"}
     assert "PyTorch references" in printed or torch.cuda.is_available()
     assert all(record["op"] in printed for record in records)
@@ -62,10 +67,11 @@ def test_only_the_cases_that_are_asked_for_are_run(benchmark) -> None:
     assert "'benchmark.only=[quantize_rowwise]'" in records[0]["command"]
 
 
-@pytest.mark.parametrize("choice", ["ops", "optimizers"])
+@pytest.mark.parametrize("choice", ["ops", "optimizers", "matmul"])
 def test_each_choice_composes_and_can_be_made(choice: str) -> None:
+    where = ["benchmark.figure=matmul.png"] if choice == "matmul" else []  # in a run: its own folder
     with initialize_config_module("lq_plugin.conf", version_base="1.3"):
-        config = compose("benchmark", [f"benchmark={choice}"])
+        config = compose("benchmark", [f"benchmark={choice}", *where])
     suite = instantiate(config.benchmark, _convert_="all")
     assert (suite.sizes, suite.only) == ("auto", [])
 
@@ -188,6 +194,18 @@ def test_the_model_of_the_first_goal_is_sixteen_layers_of_an_8b_llama() -> None:
     assert llama.bytes / llama.values == pytest.approx(10.06, abs=0.01)
     assert (len(small.shapes), round(small.values / 1e9, 2)) == (3000, 0.39)
     assert (one.values, round(one.bytes / one.values, 2)) == (10**9, 16.06)
+
+
+def test_every_algorithm_is_timed_on_the_same_model() -> None:
+    of = {setup.algorithm: setup for setup in setups(*optimizers.FULL) if setup.name in ("O1", "O6")}
+    names = {name.removesuffix("8bit") for name in optim.__all__ if name.endswith("8bit") and "Paged" not in name}
+    assert of.keys() == names
+    assert {setup.values for name, setup in of.items() if name != "Muon"} == {3_489_792_000}
+    assert of["Lion"].bytes / of["Lion"].values == pytest.approx(8.03, abs=0.01)
+    assert of["AdEMAMix"].bytes / of["AdEMAMix"].values == pytest.approx(12.09, abs=0.01)
+    assert {name for name, setup in of.items() if setup.operations} == {"Muon"}
+    square = replace(of["Muon"], shapes=[(8, 8)])  # five times three products of 8 x 8 x 8
+    assert square.operations == 5 * 3 * 2 * 8**3
 
 
 def test_an_optimizer_that_steps_otherwise_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
