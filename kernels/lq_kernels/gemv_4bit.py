@@ -3,8 +3,8 @@
     out[m, n] = sum over k of x[m, k] * (map[codes[n, k]] * scale of its block) + bias[n]
 
 Packing is flat: with an odd K every other row of W begins in the middle of a byte, and blocks may cross rows. Products
-are float32, and so are their sums. Where rows are whole words and x has 16 bits, `small_batch_4bit` is several times
-faster.
+are float32, and so are their sums. Where rows are whole words of eight codes and x has 16 bits, words are unpacked in
+registers, map values are those of that dtype, and a scale multiplies the sum of eight products.
 
 Source: QLoRA, section 3, https://arxiv.org/abs/2305.14314
 """
@@ -171,7 +171,7 @@ class Words:
     warps: int
 
 
-WORDS = (Words(1, 8, 256, 4), Words(2, 8, 256, 4), Words(4, 8, 128, 4))
+WORDS = (Words(1, 8, 128, 4), Words(2, 8, 128, 4), Words(4, 4, 128, 4))
 
 
 def fits_words(x: Tensor, shape: list[int]) -> bool:

@@ -3,9 +3,13 @@
     rows            on a GPU
     1 .. 128        small_batch_4bit, where it can read the weight
     1               gemv_4bit otherwise
-    more            W is read back in ranges of its rows, small enough to stay in the L2, and torch multiplies each
+    more            W is read back in two halves, the second while torch multiplies by the first
 
-A range of rows of W fills columns of the output. The gradient to the input sums over the rows of W.
+On an H200 with torch 2.11, Triton 3.6 and W (14336, 4096) in NF4, microseconds of small_batch_4bit at 8, 16, 32, 64 and
+128 rows are 35, 37, 42, 52 and 64; to read W back takes 41 and the bfloat16 product behind it 32 to 34, so that the
+fused kernel wins up to 128 rows, and at 256 (155 against 96) it does not.
+
+A range of rows of W fills columns of the output. The gradient to the input sums over the rows of W, in one product.
 """
 
 from collections.abc import Iterator
