@@ -4,7 +4,7 @@ Source: transformers' BitsAndBytesConfig, https://huggingface.co/docs/transforme
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lq_kernels.quant_state import QuantState
@@ -71,7 +71,7 @@ class Prequantized:
         if isinstance(found, LLMInt8) and isinstance(wanted, LLMInt8):
             return found
         if isinstance(found, FourBit) and isinstance(wanted, FourBit) and found.quant_type == wanted.quant_type:
-            return four_bit_format(found.quant_type, found.block_size, found.double_quantization, wanted.compute_dtype)
+            return replace(found, compute=wanted.compute)
         raise ValueError(
             f"layer {name!r} is in {found.name} in the checkpoint, and {wanted.name} was asked for: pass "
             f"linear={found.name!r}, or load the original weights"

@@ -14,7 +14,8 @@ from lq_kernels.layout_4bit import BLOCK_SIZES
 
 from lq_plugin.formats.frozen import FrozenFormat
 
-_COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FEW_BITS = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class FourBit(FrozenFormat):
     """block_size: weights that share a scale, one of BLOCK_SIZES. double_quantization: scales in 8 bits.
 
     compute: the dtype of the product, float32, bfloat16, float16 or their names; None is that of the input, inside
-    autocast the autocast dtype.
+    autocast the autocast dtype. "int8" and "fp8" are that too, with both operands rounded to 8 bits by row, forward and
+    for the gradient to the input (see `lq_kernels.packed_4bit.matmul_4bit`).
     """
 
     block_size: int = 64
@@ -35,18 +37,24 @@ class FourBit(FrozenFormat):
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"{type(self).__name__} got block_size={self.block_size!r}, expected one of {BLOCK_SIZES}")
-        compute = _COMPUTE.get(self.compute, self.compute) if isinstance(self.compute, str) else self.compute
-        if compute not in (None, *_COMPUTE.values()):
+        compute = _DTYPES.get(self.compute, self.compute) if isinstance(self.compute, str) else self.compute
+        if compute not in (None, *_DTYPES.values(), *_FEW_BITS):
+            known = ", ".join((*_DTYPES, *_FEW_BITS))
             raise ValueError(
-                f"{type(self).__name__} got compute={self.compute!r}, expected one of {', '.join(_COMPUTE)}, or None "
-                "for the dtype of the input"
+                f"{type(self).__name__} got compute={self.compute!r}, expected one of {known}, or None for the dtype "
+                "of the input"
             )
         object.__setattr__(self, "compute", compute)
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        assert not isinstance(self.compute, str)
-        return self.compute
+        """The dtype that the product runs in, None for that of its input."""
+        return None if isinstance(self.compute, str) else self.compute
+
+    @property
+    def few_bits(self) -> str | None:
+        """The 8-bit arithmetic that the product runs in, None for none."""
+        return self.compute if isinstance(self.compute, str) else None
 
     @property
     def name(self) -> str:

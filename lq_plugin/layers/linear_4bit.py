@@ -11,14 +11,8 @@ from torch import Tensor
 
 from lq_plugin.formats.four_bit import FourBit, four_bit_format
 from lq_plugin.formats.frozen import FrozenFormat
-from lq_plugin.layers.frozen import FrozenLinear
+from lq_plugin.layers.frozen import FrozenLinear, output_dtype
 from lq_plugin.layers.packed_rows import PackedRows
-
-
-def output_dtype(x: Tensor) -> torch.dtype:
-    """What nn.Linear returns for x: the autocast dtype inside autocast, else the dtype of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class Linear4bit(FrozenLinear):
@@ -82,7 +76,7 @@ class Linear4bit(FrozenLinear):
         x = F.pad(input, (0, self.rows.padded - self.in_features)) if self.rows.padded > self.in_features else input
         compute = self.compute_dtype
         if compute is None:
-            return matmul_4bit(x, self.packed, self.bias)
+            return matmul_4bit(x, self.packed, self.bias, self.format.few_bits)
         dtype = output_dtype(input)
         with torch.autocast(input.device.type, enabled=False):
             return matmul_4bit(x.to(compute), self.packed, self.bias).to(dtype)

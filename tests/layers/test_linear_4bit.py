@@ -134,6 +134,21 @@ def test_a_compute_dtype_is_what_the_product_runs_in() -> None:
     assert NF4(compute="float16").compute_dtype == torch.float16
 
 
+@pytest.mark.parametrize("few_bits", ["int8", "fp8"])
+def test_a_product_in_8_bits_is_near_that_in_16(few_bits: str) -> None:
+    layer, exact = (NF4(compute=compute).freeze(nn.Linear(128, 64)) for compute in (few_bits, None))
+    exact.load_state_dict(layer.state_dict())
+    gradients = []
+    x = torch.randn(37, 128, requires_grad=True)
+    for module in (layer, exact):
+        output = module(x)
+        gradients.append((output, *torch.autograd.grad(output.square().sum(), x)))
+    for rounded, right in zip(*gradients, strict=True):
+        error = (rounded - right).norm() / right.norm()
+        assert 0 < error < {"int8": 0.02, "fp8": 0.06}[few_bits]
+    assert NF4(compute=few_bits).compute_dtype is None
+
+
 def test_heavy_tailed_rows_stay_within_the_error_of_the_weight() -> None:
     layer, linear = frozen("nf4"), nn.Linear(128, 24)
     layer.load_state_dict(linear.state_dict())
@@ -406,3 +421,20 @@ def test_requantising_what_was_read_back_changes_nothing() -> None:
         # Double quantisation rounds the scales once more, by at most 0.7 % of a block's largest value.
         tolerance = 0.0 if not layer.format.double_quantization else 0.01
         assert (layer.dequantize() - before).abs().max() <= tolerance * before.abs().max()
+
+
+@pytest.mark.parametrize("name", ["nf4_dq", "llm_int8"])
+def test_codes_that_are_asked_to_train_say_what_trains_instead(name: str) -> None:
+    layer = FORMATS[name].freeze(nn.Linear(64, 8))
+    with pytest.raises(
+        RuntimeError, match=rf"weight of a \w+ is kept as {name} codes and cannot train: train an adapter"
+    ):
+        layer.requires_grad_()
+    layer.requires_grad_(False)
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_an_input_that_was_cast_to_the_dtype_of_the_codes_is_explained() -> None:
+    layer = frozen("nf4")
+    with pytest.raises(TypeError, match=r"Linear4bit takes floats, got torch.uint8.*casts its input to the dtype of a"):
+        layer(torch.randn(2, 128).to(layer.weight.dtype))
