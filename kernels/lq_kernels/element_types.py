@@ -128,15 +128,71 @@ def scales(amax_bits, LARGEST: tl.constexpr, SMALLEST_AMAX: tl.constexpr, POWER_
 @triton.jit
 def encode(x, factor, quantizable, word, element_type: tl.constexpr, LARGEST: tl.constexpr):
     """Values -> codes of that type; word is None to round to nearest, or `random_words` to round stochastically."""
-    x = tl.where(quantizable, x.to(tl.float32) * factor, 0.0)
-    if word is None:
-        codes = int8_nearest(x) if element_type == tl.int8 else x.to(element_type)
+    if element_type != tl.int8:
+        codes = fp8_values(x, factor, quantizable, word, element_type, LARGEST).to(element_type)
     else:
-        x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
-        if element_type == tl.int8:
-            codes = int8_stochastic(x, word)
-        elif element_type == tl.float8e4nv:
-            codes = mantissa_stochastic(x, word, _E4M3_MANTISSA, _E4M3_NORMAL).to(element_type)
-        else:
-            codes = mantissa_stochastic(x, word, _E5M2_MANTISSA, _E5M2_NORMAL).to(element_type)
+        x = tl.where(quantizable, x.to(tl.float32) * factor, 0.0)
+        limited = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+        codes = int8_nearest(x) if word is None else int8_stochastic(limited, word)
     return codes
+
+
+@triton.jit
+def fp8_values(x, factor, quantizable, word, element_type: tl.constexpr, LARGEST: tl.constexpr):
+    """Values -> the float32 whose nearest code is the one wanted; word as for `encode`."""
+    x = tl.where(quantizable, x.to(tl.float32) * factor, 0.0)
+    if word is not None:
+        x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+        if element_type == tl.float8e4nv:
+            x = mantissa_stochastic(x, word, _E4M3_MANTISSA, _E4M3_NORMAL)
+        else:
+            x = mantissa_stochastic(x, word, _E5M2_MANTISSA, _E5M2_NORMAL)
+    return x
+
+
+@triton.jit
+def _byte(x, element_type: tl.constexpr):
+    return x.to(element_type).to(tl.uint8, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
+def fp8_words(a, b, c, d, element_type: tl.constexpr, PTX: tl.constexpr):
+    """Four float32 -> int32 with their nearest codes, that of a in the lowest byte.
+
+    Codes that are converted two at a time and taken apart again come out wrong: ptxas 12.8 and 12.9 read them, in the
+    first round of a loop, before they are there.
+    """
+    if not PTX:
+        upper = _byte(c, element_type) << 16 | _byte(d, element_type) << 24
+        words = (_byte(a, element_type) | _byte(b, element_type) << 8 | upper).to(tl.int32, bitcast=True)
+    elif element_type == tl.float8e4nv:
+        words = tl.inline_asm_elementwise(
+            "{ .reg .b16 %lower, %upper; cvt.rn.satfinite.e4m3x2.f32 %lower, $2, $1; "
+            "cvt.rn.satfinite.e4m3x2.f32 %upper, $4, $3; mov.b32 $0, {%lower, %upper}; }",
+            "=r,f,f,f,f",
+            [a, b, c, d],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        words = tl.inline_asm_elementwise(
+            "{ .reg .b16 %lower, %upper; cvt.rn.satfinite.e5m2x2.f32 %lower, $2, $1; "
+            "cvt.rn.satfinite.e5m2x2.f32 %upper, $4, $3; mov.b32 $0, {%lower, %upper}; }",
+            "=r,f,f,f,f",
+            [a, b, c, d],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return words
+
+
+def has_ptx(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU; Triton's interpreter (a CPU) is none."""
+    return device.type != "cpu" and _has_ptx(triton.runtime.driver.active, device.index or 0)
+
+
+@cache
+def _has_ptx(driver: Any, index: int) -> bool:
+    return bool(driver.get_current_target().backend == "cuda")

@@ -64,7 +64,7 @@ def _add_far_outlier(
     row, column = tl.arange(0, out.shape[0]), tl.arange(0, out.shape[1])
     x = tl.load(x_ptr + k.to(tl.int64) * stride_xk + row.to(tl.int64) * stride_xm, mask=row < rows, other=0.0)
     codes = tl.load(weight_ptr + k + column.to(tl.int64) * stride_wn, mask=column < columns, other=0)
-    scale = tl.load(scale_ptr + column * stride_scale, mask=column < columns, other=0.0)
+    scale = tl.load(scale_ptr + column.to(tl.int64) * stride_scale, mask=column < columns, other=0.0)
     weight = (codes.to(tl.float32) * scale).to(x.dtype).to(tl.float32)
     return out + x.to(tl.float32)[:, None] * weight[None, :]
 
@@ -147,7 +147,7 @@ def _mixed_scaled_mm_tma_kernel(
                 tl.load(columns_ptr + first),
                 x_ptr + m.to(tl.int64) * stride_xm,
                 weight_ptr + n.to(tl.int64) * stride_wn,
-                scale_b_ptr + n * stride_scale_b,
+                scale_b_ptr + n.to(tl.int64) * stride_scale_b,
                 M - m,
                 N - n,
                 stride_xm,

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from lq_kernels._launch import cdiv, launch, next_power_of_2
 from lq_kernels._triton import tl, triton
-from lq_kernels.element_types import ELEMENT_TYPES, encode, magnitude_bits, scales
+from lq_kernels.element_types import (
+    ELEMENT_TYPES,
+    encode,
+    fp8_values,
+    fp8_words,
+    has_ptx,
+    magnitude_bits,
+    scales,
+)
 from lq_kernels.rounding import random_words
 
 _TILE = 8192  # values in a tile
@@ -64,11 +72,34 @@ def _partial_amax_kernel(
         tl.store(partial_ptr + program, tl.max(bits))
 
 
+@triton.jit
+def _fp8_row(
+    x_ptr,
+    row,
+    column,
+    mask,
+    N,
+    stride_xm,
+    stride_xn,
+    factor,
+    quantizable,
+    seed,
+    element_type: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BELOW_32_BITS: tl.constexpr,
+):
+    """`fp8_values` of rows (BLOCK_M, 1) of x."""
+    x = tl.load(x_ptr + row * stride_xm + column * stride_xn, mask=mask, other=0.0)
+    word = None if seed is None else random_words(seed, row * N + column, BELOW_32_BITS)
+    return fp8_values(x, factor, quantizable, word, element_type, LARGEST)
+
+
 @triton.heuristics(
     {
         "BY_COLUMN": lambda args: args["stride_partial"] != 0,
         "PARTIALS": lambda args: next_power_of_2(args["partials"]),
         "BELOW_32_BITS": lambda args: args["M"] * args["N"] * args["ROWS"] <= 2**32,
+        "FP8_WORDS": lambda args: args["ROWS"] == 4 and args["element_type"] != tl.int8,
     }
 )
 @triton.jit
@@ -94,9 +125,11 @@ def _quantize_tile_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
+    PTX: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     PARTIALS: tl.constexpr,
     BELOW_32_BITS: tl.constexpr,
+    FP8_WORDS: tl.constexpr,
 ):
     """Codes of every num_programs-th tile; each program reduces the partial amax of its columns, or all, for itself.
 
@@ -126,14 +159,77 @@ def _quantize_tile_kernel(
     seed = None if seed_ptr is None else tl.load(seed_ptr)
     for skipped in range(0, last + 1, tl.num_programs(0)):
         row, column, mask = _tile_offsets(last - skipped, M, N, BLOCK_M, BLOCK_N)
-        packed = tl.zeros([BLOCK_M, BLOCK_N], tl.uint32)
-        for i in tl.static_range(ROWS):
-            x_row = row * ROWS + i
-            x = tl.load(x_ptr + x_row * stride_xm + column * stride_xn, mask=mask, other=0.0)
-            word = None if seed_ptr is None else random_words(seed, x_row * N + column, BELOW_32_BITS)
-            codes = encode(x, factor, quantizable, word, element_type, LARGEST)
-            packed |= codes.to(tl.uint8, bitcast=True).to(tl.uint32) << 8 * i
-        written = packed.to(tl.int32, bitcast=True) if ROWS == 4 else codes
+        if FP8_WORDS:
+            a = _fp8_row(
+                x_ptr,
+                row * 4 + 0,
+                column,
+                mask,
+                N,
+                stride_xm,
+                stride_xn,
+                factor,
+                quantizable,
+                seed,
+                element_type,
+                LARGEST,
+                BELOW_32_BITS,
+            )
+            b = _fp8_row(
+                x_ptr,
+                row * 4 + 1,
+                column,
+                mask,
+                N,
+                stride_xm,
+                stride_xn,
+                factor,
+                quantizable,
+                seed,
+                element_type,
+                LARGEST,
+                BELOW_32_BITS,
+            )
+            c = _fp8_row(
+                x_ptr,
+                row * 4 + 2,
+                column,
+                mask,
+                N,
+                stride_xm,
+                stride_xn,
+                factor,
+                quantizable,
+                seed,
+                element_type,
+                LARGEST,
+                BELOW_32_BITS,
+            )
+            d = _fp8_row(
+                x_ptr,
+                row * 4 + 3,
+                column,
+                mask,
+                N,
+                stride_xm,
+                stride_xn,
+                factor,
+                quantizable,
+                seed,
+                element_type,
+                LARGEST,
+                BELOW_32_BITS,
+            )
+            written = fp8_words(a, b, c, d, element_type, PTX)
+        else:
+            packed = tl.zeros([BLOCK_M, BLOCK_N], tl.uint32)
+            for i in tl.static_range(ROWS):
+                x_row = row * ROWS + i
+                x = tl.load(x_ptr + x_row * stride_xm + column * stride_xn, mask=mask, other=0.0)
+                word = None if seed_ptr is None else random_words(seed, x_row * N + column, BELOW_32_BITS)
+                codes = encode(x, factor, quantizable, word, element_type, LARGEST)
+                packed |= codes.to(tl.uint8, bitcast=True).to(tl.uint32) << 8 * i
+            written = packed.to(tl.int32, bitcast=True) if ROWS == 4 else codes
         tl.store(codes_ptr + row * stride_cm + column * stride_cn, written, mask=mask)
 
 
@@ -214,6 +310,7 @@ def launch_known(
         BLOCK_M=block_m // words,
         BLOCK_N=block_n,
         ROWS=words,
+        PTX=has_ptx(x.device),
         num_warps=_WARPS,
         enable_fp_fusion=False,  # the product is rounded before it is rounded to a code
     )

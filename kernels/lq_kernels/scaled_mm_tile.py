@@ -44,11 +44,11 @@ def scaled(
         if stride_scale_a == 0:
             out *= tl.load(scale_a_ptr)
         else:
-            out *= tl.load(scale_a_ptr + row * stride_scale_a, mask=row < M, other=0.0)[:, None]
+            out *= tl.load(scale_a_ptr + row.to(tl.int64) * stride_scale_a, mask=row < M, other=0.0)[:, None]
         if stride_scale_b == 0:
             out *= tl.load(scale_b_ptr)
         else:
-            out *= tl.load(scale_b_ptr + column * stride_scale_b, mask=column < N, other=0.0)[None, :]
+            out *= tl.load(scale_b_ptr + column.to(tl.int64) * stride_scale_b, mask=column < N, other=0.0)[None, :]
         if bias_ptr is not None:
             out += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     return out

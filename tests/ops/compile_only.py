@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+from unset_registers import unset_registers
 
 LaunchTable = dict[str, Callable[[], object]]
 
@@ -91,7 +92,8 @@ def compile_all(launches: LaunchTable, gpu: Gpu) -> list[dict[str, Any]]:
 def facts(kernel: Any, gpu: Gpu) -> dict[str, Any]:
     """Shared memory, and whether products and sums may fuse.
 
-    On NVIDIA also registers, bytes of stack (spilled registers) and instructions of the machine code.
+    On NVIDIA also registers, bytes of stack (spilled registers) and instructions of the machine code, and, where it
+    converts to fp8, the registers that it reads unset.
     """
     shared = kernel.metadata.shared
     if shared > gpu.shared_memory:
@@ -108,6 +110,7 @@ def facts(kernel: Any, gpu: Gpu) -> dict[str, Any]:
         "stack": stack,
         "instructions": len(opcodes),
         "wgmma": "wgmma.mma_async" in kernel.asm["ptx"],
+        "unset": unset_registers(sass) if re.search(r"cvt\.rn\.satfinite\.e\dm\dx2\.f32", kernel.asm["ptx"]) else [],
     }
 
 

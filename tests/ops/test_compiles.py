@@ -61,6 +61,13 @@ def test_no_kernel_spills_registers_on_hopper() -> None:
     assert [record for record in compiled("sm_90") if record["stack"]] == []
 
 
+@pytest.mark.parametrize("gpu", ["sm_90", "sm_100"])
+def test_codes_of_fp8_are_read_where_they_are_set(gpu: str) -> None:
+    """ptxas moves some behind the place where they are read: unset_registers.py."""
+    unset = {f"{record['launch']}: {record['kernel']}": record.get("unset") for record in compiled(gpu)}
+    assert {name: registers for name, registers in unset.items() if registers} == {}
+
+
 def test_products_use_hopper_matrix_units_and_its_copy_engine() -> None:
     kernels = {"_scaled_mm_kernel", "_scaled_mm_tma_kernel"}
     products = [record for record in compiled("sm_90") if record["kernel"] in kernels]

@@ -19,6 +19,7 @@ from lq_kernels.scaled_mm import int8_mm, scaled_mm
 from lq_kernels.scaled_mm_tile import HOPPER_TILES, TILES, Tile, is_hopper
 from lq_kernels.scaled_mm_tma import TmaTile
 from samples_outliers import THRESHOLD, mixed_product, mixed_product_bound, scaled_sums, with_outliers
+from test_scaled_mm import far_apart
 from torch import Tensor
 
 EPSILON = 2.0**-24  # half an ulp of float32, relative
@@ -151,10 +152,16 @@ def test_every_tile_of_hopper_gives_the_result_of_the_reference(
     x, codes, scale, weight_codes, weight_scale, columns, count = (operand.contiguous() for operand in operands)
     if outliers in (3, 40):
         x, weight_scale = x.t().contiguous().t(), weight_scale[:1]
+    elif device.type == "cpu":
+        weight_scale = far_apart(weight_scale, near=2 * tile.n)
     args: tuple[Any, ...] = (x, codes, scale, weight_codes, weight_scale, columns, count, bias, out_dtype)
     out = torch.full((len(x), len(weight_codes)), float("nan"), dtype=out_dtype, device=device)
     launch: Any = tma_module.launch_mixed_tma
-    place = guarded if device.type == "cpu" else partial(to_device, device=device)
+    place = (
+        (lambda arg: arg if arg is weight_scale else guarded(arg))
+        if device.type == "cpu"
+        else partial(to_device, device=device)
+    )
     with new_tensors_guarded() if device.type == "cpu" else nullcontext():  # the room for outliers too
         launch(*(place(arg) for arg in args[:-1]), out, tile)
     assert count.item() == outliers

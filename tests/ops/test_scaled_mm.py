@@ -1,5 +1,6 @@
 """The products of 8-bit matrices, with scales and bias, against float64."""
 
+import mmap
 from collections.abc import Callable
 from functools import partial
 from itertools import product as pairs
@@ -111,6 +112,26 @@ def test_kernels_read_nothing_beside_their_operands(sizes: tuple[int, int, int],
             launches.append(partial(launch_tma, precise=False, tile=tile))
         for launch in launches:
             check_launch(launch, (a, b_transposed.t(), *rest, dtype), device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of memory that nothing is written to")
+@pytest.mark.parametrize("path", ["tiles", "bulk copies"])
+def test_scales_may_lie_further_apart_than_32_bits_count(path: str, device: torch.device) -> None:
+    tile = TmaTile(32, 64, 32, 4, 3, 1, True, programs=2, step=1.0, alone=1.0, rest=1.0)
+    way = partial(launch_tma, tile=tile) if path == "bulk copies" else partial(launch_tiles, tile=TILES[-1])
+    a, b, scale_a, scale_b, bias, dtype = small_product(72, 48, 80, INT8_PAIR)
+    a, b = aligned(a), aligned(b.t()).t()
+    scale_a, scale_b = far_apart(scale_a), far_apart(scale_b.t()).t()
+    check_launch(partial(way, precise=False), (a, b, scale_a, scale_b, bias, dtype), device)
+
+
+def far_apart(scale: Tensor, near: int = 64) -> Tensor:
+    """The same values (n, 1), those from `near` on 2^31 elements or more behind the first."""
+    n, stride = len(scale), 2**31 // near
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE: memory is taken where it is written
+    memory = mmap.mmap(-1, 4 * ((n - 1) * stride + 1), flags=flags)
+    view = torch.frombuffer(memory, dtype=torch.float32).as_strided((n, 1), (stride, 1))
+    return view.copy_(scale)
 
 
 def check_launch(launch: Callable[..., None], args: Arguments, device: torch.device) -> None:
