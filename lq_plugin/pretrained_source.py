@@ -16,9 +16,7 @@ from transformers.utils import logging
 
 from lq_plugin.freezing_quantizer import Freezing, FreezingConfig, LayerError
 from lq_plugin.model_folder import model_folder
-from lq_plugin.safetensors_files import TensorFiles
-
-_FEW = 6  # names in a message
+from lq_plugin.safetensors_files import FEW, TensorFiles, few
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,13 @@ class PretrainedSource:
         if quantized is not None:
             del config.quantization_config
             quantized = quantized if isinstance(quantized, Mapping) else quantized.to_dict()
+        elif frozen := next((name for name in files.tensors if _is_frozen_entry(name)), None):
+            raise ValueError(
+                f"{folder} holds frozen layers ({frozen}), of which its config.json says nothing, as save_pretrained "
+                "of a converted model leaves it: read it with lq_plugin.load_weights into a model built from the "
+                "config, or with load_state_dict into one that was converted and adapted alike. save_quantized and "
+                "save_adapter write folders that load"
+            )
         return cls(str(source), folder, files, model_class, config, quantized, dtype)
 
     def at(self, folder: Path) -> "PretrainedSource":
@@ -54,7 +59,7 @@ class PretrainedSource:
 
     def load(self, freezing: Freezing) -> nn.Module:
         """The model in eval mode, with the layers of `freezing` frozen."""
-        with _quiet(), _layer_errors():
+        with quiet(), _layer_errors():
             loaded: Any = self.model_class.from_pretrained(
                 self.folder,
                 config=self.config,
@@ -75,16 +80,21 @@ class PretrainedSource:
     def _check(self, info: Mapping[str, Any]) -> None:
         wrong = []
         if missing := sorted(info["missing_keys"]):
-            wrong.append(f"it lacks {_few(missing)}")
+            wrong.append(f"it lacks {few(missing)}")
         if unexpected := sorted(info["unexpected_keys"]):
-            wrong.append(f"it holds {_few(unexpected)}, which the model does not have")
+            wrong.append(f"it holds {few(unexpected)}, which the model does not have")
         for name, found, expected in sorted(info["mismatched_keys"]):
             wrong.append(f"{name} has shape {tuple(found)}, the model has {tuple(expected)}")
         if wrong:
             raise ValueError(
-                f"the files of {self.name} do not fit {self.model_class.__name__}: {'; '.join(wrong[:_FEW])}. Check "
+                f"the files of {self.name} do not fit {self.model_class.__name__}: {'; '.join(wrong[:FEW])}. Check "
                 "`architectures` and the sizes in config.json, and that all files belong to one model"
             )
+
+
+def _is_frozen_entry(name: str) -> bool:
+    """Whether that is an entry of the state_dict of a frozen layer."""
+    return ".quant_state." in name or name.endswith(".SCB")
 
 
 def _config(folder: Path) -> transformers.PretrainedConfig:
@@ -119,7 +129,7 @@ def _model_class(config: transformers.PretrainedConfig, folder: Path) -> type[tr
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' bar and its report: ours are shown, and what the report says is raised."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -138,8 +148,3 @@ def _layer_errors() -> Iterator[None]:
         yield
     except LayerError as error:
         raise error.reason from None
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
-    return ", ".join(names[:_FEW]) + more
