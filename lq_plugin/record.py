@@ -4,37 +4,62 @@ Weights of trainable formats are plain, so a checkpoint of another format would 
 under a key of its own, makes that an error.
 """
 
+import io
+import warnings
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
-import torch.distributed
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lq_plugin import rng
+from lq_plugin import ranks, rng
 from lq_plugin.conversion import Conversion
 from lq_plugin.optim.base import LowBitOptimizer
 
 KEY = "lq_plugin"
 VERSION = 1
 
+# Ranks come to a checkpoint together, unless one of them failed and saves what it has.
+_PATIENCE = timedelta(seconds=60)
+
 _OTHER_ARGUMENTS = "give QuantPlugin the linear= and skip= of the checkpoint's run"
 _OTHER_CHOICE = (
-    "linear='auto' chooses by device and table, and one of them is another; give QuantPlugin "
-    f"linear=torch.load(path, weights_only=True)[{KEY!r}]['linear'], the formats of the checkpoint's run, and partial=True"
+    "linear='auto' chooses by device and table, and one of them is another; give QuantPlugin the formats of the "
+    f"checkpoint's run, linear=torch.load(path, weights_only=True)[{KEY!r}]['linear'] and partial=True"
 )
 
 
 def write(checkpoint: dict[str, Any], conversion: Conversion, precision: str) -> None:
     """Adds the formats by layer, the precision and the random generators, as plain values and tensors.
 
-    The generators of several processes differ, and a checkpoint is that of the first: they are left out then.
+    Every rank calls it. Of several, the generators of each go into the checkpoint that rank 0 writes, in order; a rank
+    that is alone warns after a minute, and its checkpoint has none.
     """
     checkpoint[KEY] = {
         "version": VERSION,
         "linear": _formats(conversion),
         "precision": precision,
-        "rng": None if _is_distributed() else rng.capture(),
+        "rng": None if ranks.is_distributed() else rng.capture(),
     }
+    if ranks.is_distributed():
+        checkpoint[KEY]["rng_of_ranks"] = _generators_of_ranks(checkpoint["global_step"])
+
+
+def generators(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """This rank's random generators; None, and a line that says so, where it is another number of processes."""
+    of_ranks = record.get("rng_of_ranks") or ([record["rng"]] if record["rng"] else [])
+    if len(of_ranks) == ranks.world_size():
+        return of_ranks[ranks.rank()]
+    rank_zero_info(
+        f"The checkpoint has the random generators of {len(of_ranks)} processes and this run has {ranks.world_size()}: "
+        "they start from this run's seed, so dropout and shuffling differ from those of an undisturbed run."
+    )
+    return None
+
+
+def restore_generators(states: dict[str, Any]) -> None:
+    rng.restore(states, own_device_only=ranks.is_distributed())
 
 
 def check(checkpoint: Mapping[str, Any], conversion: Conversion) -> Mapping[str, Any] | None:
@@ -73,8 +98,18 @@ def check_optimizers(checkpoint: Mapping[str, Any], optimizers: Sequence[LowBitO
                     )
 
 
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def _generators_of_ranks(step: int) -> list[dict[str, Any]]:
+    """By rank, on rank 0; elsewhere nothing."""
+    states = io.BytesIO()
+    torch.save(rng.capture(own_device_only=True), states)
+    gathered, absent = ranks.gathered_on_first(f"rng/{step}", states.getvalue(), _PATIENCE)
+    if absent:
+        warnings.warn(
+            f"ranks {absent} do not take part in saving this checkpoint, which is left without the random generators: "
+            "a run that goes on from it draws other numbers. Call save_checkpoint on every rank",
+            stacklevel=2,
+        )
+    return [torch.load(io.BytesIO(value), weights_only=True) for value in gathered]
 
 
 def _formats(conversion: Conversion) -> dict[str, str]:
