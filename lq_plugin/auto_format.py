@@ -6,11 +6,13 @@ train as 16 bits do. Where nothing was measured a rule decides, and where it is 
 
     device              table               without one
     CPU                                     int8_switchback at every size (the reference: for correctness)
-    sm_80, 86, 89       a user's            int8_switchback, both sides at least 2048
-    sm_90               stored or a user's  int8_switchback, both sides at least 2048
-    sm_100 and newer    a user's            fp8_rowwise_with_gw_hp, both sides at least 2048
-    gfx942              a user's            int8_switchback, both sides at least 2048
+    sm_80, 86, 89       a user's            int8_switchback from 2048 -> 8192 on
+    sm_90               stored or a user's  int8_switchback from 2048 -> 8192 on
+    sm_100 and newer    a user's            fp8_rowwise_with_gw_hp from 2048 -> 8192 on
+    gfx942              a user's            int8_switchback from 2048 -> 8192 on
     others                                  an error that names what is missing
+
+From 2048 -> 8192 on: both sides are at least 2048, and there are at least as many weights, so 4096 -> 4096 is in.
 
 A table holds for as many tokens a step as it was measured with (8192) or more: when layers are converted nobody knows
 how many a step will have, and with fewer 8 bits gain less, or lose.
@@ -31,10 +33,10 @@ from lq_plugin.speed_table import MAKE, Row, SpeedTable, stored_tables
 
 INT8, FP8 = "int8_switchback", "fp8_rowwise_with_gw_hp"
 
-# Forward and backward of linears with SwitchBack on an H200, 32768 tokens, with bitsandbytes 0.49's kernels: 0.4 % saved
-# at 1024 -> 4096, 10.8 % at 2048 -> 8192. With a side of 2048 and more there is something to gain on any matrix unit
-# that takes 8 bits at twice the rate of 16.
-LEAST_SIDE = 2048
+# SwitchBack with the kernels of bitsandbytes 0.49, forward and backward, 32768 tokens, on an H200: 0.4 % of the time
+# saved at 1024 -> 4096, 10.8 % at 2048 -> 8192. A matrix unit that takes 8 bits at twice the rate of 16 has as much to
+# gain there; smaller layers have shown nothing.
+LEAST = (2048, 8192)
 
 # What the fast kernels need: rows of operands that begin at multiples of 16 bytes. Others are right, but not measured.
 ALIGNMENT = 16
@@ -84,11 +86,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rule:
-    """What is chosen where nothing was measured: a format, and the smallest side of a layer that gets it."""
+    """What is chosen where nothing was measured: a format, and the sides of the smallest layer that gets it."""
 
     format: str
-    least_side: int
+    least: tuple[int, int]
     note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.format} from {self.least[0]} -> {self.least[1]} on"
+
+    def takes(self, in_features: int, out_features: int) -> bool:
+        return min(in_features, out_features) >= min(self.least) and in_features * out_features >= math.prod(self.least)
 
 
 @dataclass(frozen=True)
@@ -138,14 +146,13 @@ class Chooser:
 
     def choose(self, in_features: int, out_features: int) -> Choice:
         shape = f"{in_features} -> {out_features}"
-        if self.table is None and not self.rule.least_side:
+        if self.table is None and not any(self.rule.least):
             return Choice(TRAINABLE_FORMATS[self.rule.format], f"auto: {self.device.architecture}, every size")
         if in_features % ALIGNMENT or out_features % ALIGNMENT:
             return Choice(None, f"auto: {shape} are not multiples of {ALIGNMENT}")
-        if self.table is None or self.table.device != self.device.name:
-            small = min(in_features, out_features) < self.rule.least_side
-            if small:
-                return Choice(None, f"auto: a side under {self.rule.least_side}, not measured on this device")
+        measured = self.table is not None and self.table.device == self.device.name
+        if not measured and not self.rule.takes(in_features, out_features):
+            return Choice(None, f"auto: {shape} is small, and not measured on this device")
         if self.table is None:
             return Choice(TRAINABLE_FORMATS[self.rule.format], "auto: by rule, not measured on this device")
         nearest = self.table.nearest(in_features, out_features)
@@ -159,21 +166,20 @@ class Chooser:
         if gain < 0:
             return Choice(None, f"auto: 16 bits are faster {where}")
         if best.least < 1 + self.least_gain:
-            return Choice(None, f"auto: {gain:.1%} faster {where}, less than {self.least_gain:.1%}")
+            return Choice(None, f"auto: {gain:.2%} faster {where}, less than {self.least_gain:.2%}")
         return Choice(TRAINABLE_FORMATS[best.format], f"auto: {gain:.1%} faster {where}")
 
     @property
     def note(self) -> str:
         """What decided, in a sentence."""
         about = f"; {self.rule.note}" if self.rule.note else ""
-        rule = f"{self.rule.format} where both sides are at least {self.rule.least_side}"
-        if self.table is None and not self.rule.least_side:
+        if self.table is None and not any(self.rule.least):
             return f"auto: {self.rule.format} at every size on a CPU, for correctness, not for speed{about}"
         if self.table is None:
-            return f"auto: nothing was measured on {self.device}; {rule}{about}; {MAKE}"
+            return f"auto: nothing was measured on {self.device}; {self.rule}{about}; {MAKE}"
         table = self.table
         versions = ", ".join(f"{package} {table.measured.get(package)}" for package in ("torch", "triton"))
-        foreign = "" if table.device == self.device.name else f", and only {rule}; {MAKE} of {self.device.name}"
+        foreign = "" if table.device == self.device.name else f", and only {self.rule}; {MAKE} of {self.device.name}"
         return (
             f"auto: as measured on {table.device} ({', '.join(table.modes)}; {versions}), for {table.tokens} tokens a "
             f"step or more{foreign}{about}"
@@ -184,12 +190,12 @@ def rule_for(device: Device) -> Rule:
     """RuntimeError: no 8-bit matrix units. ValueError: a GPU that nobody tried."""
     architecture = device.architecture
     if architecture == "cpu":
-        return Rule(INT8, 0)
+        return Rule(INT8, (0, 0))
     if architecture.startswith("gfx94"):
-        return Rule(INT8, LEAST_SIDE, "fp8 is another encoding on this GPU, so its formats are not considered")
+        return Rule(INT8, LEAST, "fp8 is another encoding on this GPU, so its formats are not considered")
     if not architecture.startswith("sm_"):
         raise ValueError(f"linear='auto' has no rule for {device}: name a format, or pass linear=None")
-    rule = Rule(FP8 if int(architecture.removeprefix("sm_")) >= 100 else INT8, LEAST_SIDE)
+    rule = Rule(FP8 if int(architecture.removeprefix("sm_")) >= 100 else INT8, LEAST)
     missing = lacking(TRAINABLE_FORMATS[rule.format].element_types, architecture)
     if missing:
         raise RuntimeError(f"linear='auto' has no format for {device}: {missing}")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lq_plugin.formats import TRAINABLE_FORMATS, GemmFormats
-from lq_plugin.formats.gemm import HighPrecision
+from lq_plugin.formats.gemm import high_precision
 
 KIND, VERSION = "lq_plugin speed table", 1
 FOLDER = Path(__file__).parent / "tables"
@@ -34,7 +34,7 @@ Shape = tuple[int, int]  # in_features, out_features
 
 def keeps_weight_gradient(formats: GemmFormats) -> bool:
     """Whether the weight gradient is a product of 16-bit operands, neither of which was in 8 bits before."""
-    return isinstance(formats.grad_weight, HighPrecision) and not formats.keeps_codes
+    return formats.grad_weight == high_precision and not formats.keeps_codes
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,9 @@ class SpeedTable:
         try:
             return _parsed(content, source)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{source} lacks a part of a speed table, or has another in its place: {error!r}") from error
+            raise ValueError(
+                f"{source} lacks a part of a speed table, or has another in its place: {error!r}"
+            ) from error
 
     def content(self) -> dict[str, Any]:
         """What `of` reads."""

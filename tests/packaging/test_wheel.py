@@ -72,6 +72,9 @@ def test_the_wheel_holds_two_packages_and_nothing_beside_them(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lq_plugin", "lq_kernels"}
     assert {"lq_plugin/conf/train.yaml", "lq_plugin/recipes/train.py", "lq_kernels/__init__.py"} <= set(names)
+    tables = {f"lq_plugin/tables/{path.name}" for path in (ROOT / "lq_plugin" / "tables").iterdir()}
+    assert "lq_plugin/tables/README.md" in tables
+    assert tables <= set(names)
     assert len(names) == len(set(names))
 
 

@@ -57,7 +57,6 @@ def test_a_format_object_serves_as_its_name() -> None:
         ("mxfp8", r"unknown format 'mxfp8'; formats: "),
         ("switchback", r"unknown format 'switchback': use 'int8_switchback'"),
         ("int8_switchback_vectorwise_mem_efficient", "cannot be memory-efficient"),
-        ("auto", r"linear='auto' needs measured tables that this version does not have; formats: int8_switchback"),
         ({"up": "int7"}, "unknown format 'int7'"),
     ],
 )
