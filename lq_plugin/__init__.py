@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lq_plugin.auto_format import Auto
     from lq_plugin.callbacks import ClipMonitor, GracefulStop, MemoryMonitor, TokenThroughput
+    from lq_plugin.checkpoint import export_merged, save_quantized
     from lq_plugin.conversion import Conversion, convert
+    from lq_plugin.loading import load_pretrained, load_weights
     from lq_plugin.lora_config import LoRAConfig
     from lq_plugin.plugin import QuantPlugin
 
@@ -23,6 +25,10 @@ _HOMES = {
     "QuantPlugin": "lq_plugin.plugin",
     "TokenThroughput": "lq_plugin.callbacks",
     "convert": "lq_plugin.conversion",
+    "export_merged": "lq_plugin.checkpoint",
+    "load_pretrained": "lq_plugin.loading",
+    "load_weights": "lq_plugin.loading",
+    "save_quantized": "lq_plugin.checkpoint",
 }
 
 _SUBPACKAGES = ("callbacks", "formats", "layers", "optim")
@@ -37,6 +43,10 @@ __all__ = [
     "QuantPlugin",
     "TokenThroughput",
     "convert",
+    "export_merged",
+    "load_pretrained",
+    "load_weights",
+    "save_quantized",
 ]
 __version__ = "0.1.0"
 

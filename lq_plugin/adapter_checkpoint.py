@@ -4,7 +4,7 @@ The fingerprint is an entry of the state_dict, so that whoever loads it checks i
 state_dict under strict=True, a plain model finds an unexpected key. For each frozen tensor it holds dtype, shape and a
 hash over bytes at evenly spaced places: another model or another quantisation differs, a change of a few weights may
 not. Floating values are hashed as bfloat16, so that a base that is cast between float32 and bfloat16 stays the same
-base.
+base. The ranks and scales of the adapters stand beside it.
 """
 
 import hashlib
@@ -24,6 +24,9 @@ ENTRY = "lora_base_fingerprint"
 _SAMPLES = 1024
 # Casts between these keep what is hashed: a bfloat16 value is a float32 value.
 _COMPARABLE = {"float32", "bfloat16", "float64"}
+
+# What stands for the dtype where an entry is the rank and the scale of an adapter.
+_SCALE = "lora_scale"
 
 _ANOTHER = "the adapter belongs to another base"
 
@@ -59,7 +62,7 @@ def check_base(saved: Mapping[str, Any], model: nn.Module) -> None:
 def keep_trained(state_dict: dict[str, Any], model: nn.Module) -> None:
     """Takes the frozen tensors of adapted parts of a model out of its state_dict and puts in their fingerprints."""
     for prefix, part in adapted_parts(model):
-        entry = to_tensor(fingerprint(part))
+        entry = to_tensor(fingerprint(part) | _scales(part))
         for key, _ in _frozen(part):
             state_dict.pop(f"{prefix}{key}", None)
         state_dict[f"{prefix}{ENTRY}"] = entry
@@ -74,8 +77,9 @@ def adapted_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def accept_without_base(model: nn.Module) -> None:
     """Lets the model read a state_dict that holds a fingerprint in the place of its frozen tensors."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hands attributes on, and not hooks
     if "_lora_checkpoint" not in model.__dict__:
-        model._lora_checkpoint = None  # type: ignore[assignment]
+        model._lora_checkpoint = None
         model.register_load_state_dict_pre_hook(_before_loading)
         model.register_load_state_dict_post_hook(_after_loading)
 
@@ -85,7 +89,10 @@ def _before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
     module._lora_checkpoint = None  # type: ignore[assignment]
     if f"{prefix}{ENTRY}" not in state_dict or not _is_adapted(module):
         return
-    check_base(from_tensor(state_dict.pop(f"{prefix}{ENTRY}")), module)
+    saved = from_tensor(state_dict.pop(f"{prefix}{ENTRY}"))
+    scales = {name: value for name, value in saved.items() if value[0] == _SCALE}
+    _check_scales(scales, module)
+    check_base({name: value for name, value in saved.items() if name not in scales}, module)
     names = {f"{prefix}{key}" for key, _ in _frozen(module)}
     if not names & state_dict.keys():
         module._lora_checkpoint = names  # type: ignore[assignment]
@@ -96,6 +103,24 @@ def _after_loading(module: nn.Module, incompatible_keys: Any) -> None:
     vouched = module.__dict__["_lora_checkpoint"]
     if vouched:
         incompatible_keys.missing_keys[:] = [key for key in incompatible_keys.missing_keys if key not in vouched]
+
+
+def _scales(model: nn.Module) -> Fingerprint:
+    """Ranks and scales of the adapters: the same factors under another scale are another change of the weight."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer))
+    return {f"{plain_name(name)}.{_SCALE}": [_SCALE, [layer.r], repr(layer.scale)] for name, layer in layers}
+
+
+def _check_scales(saved: Fingerprint, model: nn.Module) -> None:
+    present = _scales(model)
+    for name in saved.keys() & present.keys():
+        (_, [r], scale), (_, [r_now], scale_now) = saved[name], present[name]
+        if (r, scale) != (r_now, scale_now):
+            raise ValueError(
+                f"the checkpoint's adapter of {name.removesuffix(f'.{_SCALE}')!r} has r={r}, scale={scale}, this "
+                f"model's has r={r_now}, scale={scale_now}: give LoRAConfig the r, lora_alpha and use_rslora of that "
+                "run"
+            )
 
 
 def to_tensor(value: Fingerprint) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from lq_plugin.adapter_checkpoint import check_base
 from lq_plugin.adapter_files import SavedAdapter
 from lq_plugin.layers.lora import LoRALayer
-from lq_plugin.lora_config import LoRAConfig
 from lq_plugin.lora_placement import (
     adapter,
     attach,
+    check_alike,
     lora_layers,
     modules_saved_whole,
     train_adapters,
@@ -43,7 +43,7 @@ def load_adapter(
         differing = ", ".join(sorted(present.keys() ^ saved.layers())[:5])
         raise ValueError(f"the model's adapters and those of {folder} are on different layers: {differing}")
     for name, layer in present.items():
-        _check_alike(name, layer, saved.config)
+        check_alike(name, layer, saved.config, "in the file")
     with trains_as_before_on_error(model):
         layers = present or {name: _new_layer(name, modules, saved, dtype) for name in sorted(saved.layers())}
         pending = _pending(model, layers, saved)
@@ -65,16 +65,6 @@ def _new_layer(name: str, modules: Mapping[str, nn.Module], saved: SavedAdapter,
     except TypeError as error:
         kind = "an embedding" if is_embedding(module) else f"a {type(module).__name__}"
         raise ValueError(f"the adapter has tensors for {name!r}, which is {kind} here: {error}") from error
-
-
-def _check_alike(name: str, layer: LoRALayer, config: LoRAConfig) -> None:
-    """The same tensors under another scale, or beside lengths that are not there, would be another change."""
-    here = f"r={layer.r}, scale={layer.scale:g}, use_dora={layer.lora_magnitude is not None}"
-    there = f"r={config.rank(name)}, scale={config.scale(name):g}, use_dora={config.use_dora}"
-    if here != there:
-        raise ValueError(
-            f"{name!r} has an adapter of {here} in this model and of {there} in the file: call remove_lora"
-        )
 
 
 def _pending(model: nn.Module, layers: Mapping[str, LoRALayer], saved: SavedAdapter) -> list[tuple[Tensor, Tensor]]:

@@ -23,7 +23,8 @@ from lq_plugin.model_folder import copy_tokenizer
 from lq_plugin.new_folder import new_folder
 from lq_plugin.plain_tensors import PlainTensor, plain_tensors
 from lq_plugin.safetensors_shards import ShardWriter
-from lq_plugin.structure import is_linear
+from lq_plugin.structure import is_linear, named_modules
+from lq_plugin.transformers_models import is_transformers_model, names_of_files
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -39,12 +40,12 @@ def save_quantized(model: nn.Module, folder: str | Path, max_shard_size: int | s
     with the block sizes that fit. TypeError: not a transformers model. FileExistsError: something is in `folder`.
     """
     model = _compiled_from(model)
-    if not _is_transformers(model):
+    if not is_transformers_model(model):
         raise TypeError(f"save_quantized takes a transformers model, got {type(model).__name__}: save its state_dict")
     layers = _frozen_linears(model)
     _check_savable(model, layers)
     config: Any = copy.deepcopy(model.config)
-    skipped = [name for name, module in model.named_modules() if is_linear(module) and name not in layers]
+    skipped = [name for name, module in named_modules(model) if is_linear(module) and name not in layers]
     dtype = str(model_dtype(model)).removeprefix("torch.")
     config.quantization_config = quantization_config({x.format for x in layers.values()}, skipped, dtype)
     _write(model, config, folder, _quantized(model, layers), max_shard_size)
@@ -60,7 +61,8 @@ def export_merged(
 
     A transformers model gets its config.json and generation config, weights in the names and shapes of its files, and
     the tokenizer's files where its source is on this machine: `from_pretrained(folder)` loads it without lq_plugin.
-    Any other nn.Module gets model.safetensors with the keys of its state_dict. Weights that transformers keeps in
+    Any other nn.Module gets model.safetensors with the keys of its state_dict, one key for tied weights: load_weights
+    and safetensors.torch.load_model read it. Weights that transformers keeps in
     float32 and buffers stay as they are. Biases, norms and embeddings that trained are written as trained.
 
     ValueError: a dtype that is not bfloat16, float16 or float32; a merged weight that is not finite.
@@ -70,7 +72,7 @@ def export_merged(
         raise ValueError(f"export_merged writes {', '.join(map(str, _FLOATS))}, got dtype={dtype!r}")
     model = _compiled_from(model)
     config: Any = None
-    if _is_transformers(model):
+    if is_transformers_model(model):
         config = copy.deepcopy(model.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -164,11 +166,12 @@ def _by_decoder_layer(tensors: Iterable[PlainTensor]) -> Iterator[list[PlainTens
 
 def _as_in_files(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """By the names, and in the shapes, that the files of transformers' models have."""
-    if not _is_transformers(model):
+    if not is_transformers_model(model):
         return tensors
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(model, tensors)  # type: ignore[arg-type]
+    with names_of_files(model):
+        return revert_weight_conversion(model, tensors)  # type: ignore[arg-type]
 
 
 def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
@@ -180,7 +183,7 @@ def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | 
 
 
 def _frozen_linears(model: nn.Module) -> dict[str, FrozenLinear]:
-    return {name: x for name, x in model.named_modules() if isinstance(x, FrozenLinear) and is_frozen_layer(x)}
+    return {name: x for name, x in named_modules(model) if isinstance(x, FrozenLinear) and is_frozen_layer(x)}
 
 
 def _check_savable(model: nn.Module, layers: dict[str, FrozenLinear]) -> None:
@@ -202,8 +205,3 @@ def _check_savable(model: nn.Module, layers: dict[str, FrozenLinear]) -> None:
 def _compiled_from(model: nn.Module) -> nn.Module:
     """The model that torch.compile wraps."""
     return getattr(model, "_orig_mod", model)
-
-
-def _is_transformers(model: nn.Module) -> bool:
-    """Without importing transformers, which a model of it has imported."""
-    return any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__)

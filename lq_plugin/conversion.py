@@ -15,11 +15,13 @@ from lq_plugin.auto_format import Device, training_device
 from lq_plugin.formats import Format
 from lq_plugin.formats.frozen import FrozenFormat
 from lq_plugin.formats.gemm import GemmFormats
+from lq_plugin.frozen_tensors import take_place
 from lq_plugin.layer_plan import Conversion, Layer, check_share, conversion_of, planned
 from lq_plugin.layers.experts import FrozenExperts, projections
 from lq_plugin.layers.linear import QuantConv1D, QuantLinear, is_conv1d
 from lq_plugin.policy import LinearSpec, Policy
 from lq_plugin.structure import disable_fast_paths, is_linear
+from lq_plugin.transformers_models import tell_transformers
 
 __all__ = ["Conversion", "Layer", "LinearSpec", "convert", "frozen_plan", "report_of"]
 
@@ -48,8 +50,9 @@ def convert(
 
     Nothing is changed when it raises, but where `lora` fits no fused experts, which shows once they are frozen.
     ValueError: an unknown format; a pattern that matches no layer; nothing to convert, or less than half of the weights
-    outside the embeddings converted, where it is not "auto" that left them alone; a weight that is quantised already, by another library or in another format; lora
-    without a frozen format.
+    outside the embeddings converted, where it is not "auto" that left them alone; a weight that is quantised already,
+    by another library or in another format; lora without a frozen format; a table of another device than the model's.
+    RuntimeError: "auto" on a GPU that cannot train in 8 bits.
     """
     policy = policy_on(model, Policy.of(linear, skip), device)
     lora = checked_lora(lora, policy)
@@ -63,9 +66,11 @@ def convert(
             _give(layer.module, layer.formats)
     for module, format in {id(layer.module): (layer.module, layer.formats) for layer in freezing}.values():
         assert isinstance(format, FrozenFormat)
-        _become(module, format.freeze(module, device))
+        take_place(module, format.freeze(module, device))
     if conversion.converted:
         disable_fast_paths(model)
+    if freezing:
+        tell_transformers(model)
     if config is not None:
         _adapt(model, config)
     return conversion if config is None and not freezing else conversion_of(model, policy)
@@ -129,23 +134,17 @@ def _give(module: nn.Module, formats: Format | None) -> None:
         del module.formats
 
 
-def _become(module: nn.Module, frozen: nn.Module) -> None:
-    """Makes `module` what `frozen` is, its hooks and further attributes kept; the weight that it had is freed."""
-    had = {name: value for name, value in vars(module).items() if name not in ("converted_from", "formats")}
-    hooks = {name: value for name, value in had.items() if "hooks" in name}
-    module.__class__ = type(frozen)
-    module.__dict__.clear()
-    module.__dict__.update(had | vars(frozen) | hooks)
-
-
 def _fitting_lora(conversion: Conversion, model: nn.Module, config: Any) -> object | None:
-    """The config, or None where an earlier call adapted the model; raises before anything is changed.
+    """The config, or None where an earlier call adapted the model so; raises before anything is changed.
 
     Patterns for the adapters of fused experts can be checked only when those are frozen.
     """
-    from lq_plugin.lora_placement import check_patterns, check_saved_whole, lora_layers, targets
+    from lq_plugin.lora_placement import check_alike, check_patterns, check_saved_whole, lora_layers, targets
 
-    if lora_layers(model):
+    present = lora_layers(model)
+    if present:
+        for name, adapter in present.items():
+            check_alike(name, adapter, config, "asked for")
         return None
     converted = {id(layer.module): layer for layer in conversion.converted}
     for name, saved in check_saved_whole(model, config).items():

@@ -28,8 +28,13 @@ def is_frozen_layer(module: nn.Module) -> bool:
 
 
 def take_place(module: nn.Module, frozen: nn.Module) -> None:
-    """Makes `module` what `frozen` is: whoever holds it, the model itself too, sees it under the names that it had."""
-    attributes = {**vars(module), **vars(frozen), "training": module.training}
+    """Makes `module` what `frozen` is: whoever holds it, the model itself too, sees it under the names that it had.
+
+    Its hooks and further attributes are kept, its weight is freed.
+    """
+    had = {name: value for name, value in vars(module).items() if name not in ("converted_from", "formats")}
+    hooks = {name: value for name, value in had.items() if "hooks" in name}
+    attributes = had | vars(frozen) | hooks | {"training": module.training}
     module.__class__ = type(frozen)
     module.__dict__.clear()
     module.__dict__.update(attributes)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lq_plugin.auto_format import Auto, Chooser
 from lq_plugin.formats import Format
@@ -27,6 +27,8 @@ from lq_plugin.structure import (
 )
 
 _EMBEDDING = "embedding"
+# What the quantisation ops take.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Below this share of the weights a conversion is more likely a mistake in the patterns than a wish.
 _LEAST_SHARE = 0.5
@@ -66,8 +68,14 @@ class Layer:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight as it was before it became codes."""
-        weight = self.module.get_parameter(self.projection or "weight") if self.frozen is None else None
-        return tuple(weight.shape) if weight is not None else tuple(self.frozen.rows.shape)  # type: ignore[union-attr]
+        frozen = self.frozen
+        return tuple(self.weight.shape if frozen is None else frozen.rows.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the module itself; of one that is reparametrised it is computed."""
+        weight: Tensor = getattr(self.module, self.projection or "weight")
+        return weight
 
     @property
     def elements(self) -> int:
@@ -213,6 +221,8 @@ def _decided(layer: Layer, policy: Policy, cannot: Mapping[int, str], should_not
         return _chosen(layer, wanted)
     elif formats is None and isinstance(module, QuantLinear | QuantConv1D) and not _goes_back(module, reason):
         formats, reason = module.formats, ""
+    elif isinstance(formats, FrozenFormat) and frozen is None and 0 in layer.shape:
+        formats, reason = None, "it has no elements"
     elif layer.projection and isinstance(formats, GemmFormats):
         reason = f"fused experts: {formats.name} trains linear layers only"
         formats = None
@@ -222,7 +232,7 @@ def _decided(layer: Layer, policy: Policy, cannot: Mapping[int, str], should_not
 def _chosen(layer: Layer, chooser: Chooser) -> Layer:
     """The layer with what "auto" makes of its shape; one that its user built in a format stays what it is."""
     if layer.projection:
-        return replace(layer, reason="auto: fused experts train in 16 bits", is_auto=True)
+        return replace(layer, reason="auto: fused experts train in 16 bits")
     choice = chooser.choose(*(layer.shape if is_conv1d(layer.module) else reversed(layer.shape)))
     module = layer.module
     if choice.formats is None and isinstance(module, QuantLinear | QuantConv1D) and not _goes_back(module, ""):
@@ -242,7 +252,8 @@ def _check_weight(layer: Layer, policy: Policy) -> None:
             f"layer {layer.name!r} is frozen in {layer.frozen.format} and cannot become "
             f"{getattr(wanted, 'name', wanted)}: its float weights are gone; convert the model that it was made from"
         )
-    if "forward" in vars(module) and isinstance(layer.formats, FrozenFormat) and layer.frozen is None:
+    freezes = isinstance(layer.formats, FrozenFormat) and layer.frozen is None
+    if freezes and "forward" in vars(module):
         raise ValueError(
             f"the forward of layer {layer.name!r} was replaced, as accelerate does to spread a model over devices: "
             "convert the model before it is dispatched, or leave the layer out by `skip`"
@@ -252,6 +263,11 @@ def _check_weight(layer: Layer, policy: Policy) -> None:
         raise ValueError(
             f"layer {layer.name!r} is quantised already ({foreign}): load the model without a quantization config, or "
             "leave the layer out by `skip`"
+        )
+    if freezes and layer.weight.dtype not in _DTYPES:
+        raise ValueError(
+            f"layer {layer.name!r} has a weight of {layer.weight.dtype}, and {wanted.name} is made from "  # type: ignore[union-attr]
+            f"{', '.join(map(str, _DTYPES))}: cast the layer first, or leave it out by `skip`"
         )
 
 

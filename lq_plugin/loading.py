@@ -16,8 +16,10 @@ from torch import nn
 from lq_plugin.bitsandbytes_config import Prequantized
 from lq_plugin.formats.frozen import FrozenFormat
 from lq_plugin.layer_progress import LayerProgress
+from lq_plugin.lora_config import LoRAConfig
 from lq_plugin.policy import LinearSpec, Policy
 from lq_plugin.structure import disable_fast_paths
+from lq_plugin.transformers_models import tell_transformers
 from lq_plugin.weights_loading import layers_to_freeze, load_weights, target_device
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ def load_pretrained(
 
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     policy = Policy.of(linear, skip)
+    lora = None if lora is None else LoRAConfig.of(lora)
     found = PretrainedSource.of(source, dtype)
     quantized = found.quantization_config
     with LayerProgress(f"Loading {Path(found.name).name}", progress) as bar:
@@ -70,6 +73,7 @@ def load_pretrained(
     if quantized is not None and not freezing.frozen:
         raise ValueError(f"config.json of {found.name} speaks of quantised layers, and its files hold none")
     disable_fast_paths(model)
+    tell_transformers(model)
     if lora is not None:
         from lq_plugin.adapters import add_lora
 

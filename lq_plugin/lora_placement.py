@@ -181,6 +181,20 @@ def check_patterns(model: nn.Module, config: LoRAConfig, targets: list[str]) -> 
             raise ValueError(f"layers_to_transform: no adapted layer has the index {index}")
 
 
+def check_alike(name: str, layer: LoRALayer, config: LoRAConfig, where: str) -> None:
+    """ValueError unless the adapter of a layer computes what the config describes; where: whose config that is.
+
+    The same tensors under another scale, or beside lengths that are not there, would be another change.
+    """
+    here = f"r={layer.r}, scale={layer.scale:g}, use_dora={layer.lora_magnitude is not None}"
+    there = f"r={config.rank(name)}, scale={config.scale(name):g}, use_dora={config.use_dora}"
+    if here != there:
+        raise ValueError(
+            f"{name!r} has an adapter of {here} in this model, and {there} is {where}: call "
+            "lq_plugin.adapters.remove_lora(model) first"
+        )
+
+
 def check_saved_whole(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     modules = modules_saved_whole(model, config)
     inside = {id(p): name for name, module in modules.items() for p in module.parameters()}

@@ -18,8 +18,9 @@ from lq_plugin.layers.lora import LoRALayer
 
 @dataclass(frozen=True)
 class PlainTensor:
-    """name: without the levels that LoRA puts in. read: computes it. held: the tensor it is read from, as an identity.
+    """name: without the levels that LoRA and torch.compile put in. read: computes it.
 
+    held: the tensor it is read from, as an identity.
     trained: a parameter, and not a buffer. adapted: with the change of a LoRA layer in it.
     """
 
@@ -43,6 +44,8 @@ def _of(module: nn.Module, prefix: str) -> Iterator[PlainTensor]:
         yield from _adapted(module, prefix)
     elif isinstance(module, FrozenWeight):
         yield from _frozen(module, prefix)
+    elif isinstance(compiled := module._modules.get("_orig_mod"), nn.Module):
+        yield from _of(compiled, prefix)
     elif "base_layer" in module._modules:
         raise TypeError(
             f"{prefix.rstrip('.')!r} is a {type(module).__name__}, an adapter of another library: merge it there first "

@@ -8,7 +8,7 @@ from weakref import WeakSet
 from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.optim import Optimizer
 
-from lq_plugin import record, rng
+from lq_plugin import ranks, record, run_facts
 from lq_plugin.adapter_checkpoint import keep_trained
 from lq_plugin.callbacks.early_swap import EarlySwap as EarlySwap
 from lq_plugin.conversion import Conversion, checked_lora, convert, has_layers, policy_on, report_of
@@ -29,6 +29,7 @@ from lq_plugin.optim.base import LowBitOptimizer
 from lq_plugin.optimizer_choice import OptimizerChoice
 from lq_plugin.policy import LinearSpec, Policy
 from lq_plugin.precision import AnyStrategyPrecision, default_precision, precision_named
+from lq_plugin.replicas import leave_frozen_buffers_out, send_frozen_buffers
 from lq_plugin.report import conversion_table
 
 _UNSUPPORTED_STRATEGIES = ("DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
@@ -74,6 +75,7 @@ class QuantPlugin(AnyStrategyPrecision):
             raise ValueError(f"checkpoint must be one of {', '.join(_CHECKPOINTS)}, got {checkpoint!r}")
         self._checkpoint = checkpoint
         self._module: nn.Module | None = None
+        self._replicated: nn.Module | None = None  # under DDP
         self._linear = linear
         self._skip = (skip,) if isinstance(skip, str) else tuple(skip)
         self._policy = Policy.of(linear, self._skip)
@@ -126,9 +128,28 @@ class QuantPlugin(AnyStrategyPrecision):
             self._conversion = self._converted_earlier(module)
         else:
             self._conversion = self._convert(module, trainer)
+        ranks.check_same("configuration", self._configuration(trainer))
         if self._fitting:
             _check_something_trains(module)
+        self._replicated = module if isinstance(trainer.strategy, DDPStrategy) else None
+        if self._replicated is not None:
+            leave_frozen_buffers_out(module)
         return super().convert_module(module)
+
+    def _configuration(self, trainer: Trainer) -> dict[str, str]:
+        assert self._conversion is not None
+        options = self._optimizer.options
+        settings = {
+            "precision": self.precision,
+            "lora": self._lora,
+            "checkpoint": self._checkpoint,
+            "optimizer": "left alone" if options is None else "strict" if self._optimizer.strict else "auto",
+            "percentile_clipping is auto": self._optimizer.clipping_is_auto,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        } | {f"optimizer option {name}": value for name, value in vars(options or Options()).items()}
+        return run_facts.versions() | run_facts.formats(self._conversion) | run_facts.settings(settings)
 
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
@@ -142,6 +163,9 @@ class QuantPlugin(AnyStrategyPrecision):
             for optimizer in self._low_bit_optimizers:
                 optimizer.stop_gradient_release()
             raise ValueError(f"gradient_release updates in the backward pass, and {self._against_release}")
+        ranks.check_same("optimizers", run_facts.optimizers(current))
+        if self._replicated is not None and ranks.is_distributed():
+            send_frozen_buffers(self._replicated)
         table = conversion_table(self._conversion, swap.state_bytes if current else None)
         report = "\n".join([f"precision: {self.precision}", *swap.lines, "", table])
         if (self._fitting and report != self._reported) or not self._reported:
@@ -161,13 +185,14 @@ class QuantPlugin(AnyStrategyPrecision):
         if not self._fitting:
             return
         record.check_optimizers(checkpoint, self._low_bit_optimizers)
-        if found is None or found["rng"] is None:
+        states = None if found is None else record.generators(found)
+        if states is None:
             return
-        rng.restore(found["rng"])
+        record.restore_generators(states)
         # A loader that goes on in the middle of an epoch draws from the generators as it starts, before the first step.
         fit_loop = checkpoint["loops"]["fit_loop"]
         if "combined_loader" in fit_loop["state_dict"] and not fit_loop["epoch_loop.batch_progress"]["is_last_batch"]:
-            self._rng_at_first_step = found["rng"]
+            self._rng_at_first_step = states
 
     def optimizer_step(self, optimizer: Any, model: LightningModule, closure: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         result = super().optimizer_step(optimizer, model, closure, **kwargs)
@@ -194,14 +219,17 @@ class QuantPlugin(AnyStrategyPrecision):
         super().teardown()
 
     def _warn_of_skipped(self) -> None:
-        """Gradients that are not finite leave their tensors alone, but not without a word. Waits for the device."""
-        for optimizer in self._low_bit_optimizers:
+        """Gradients that are not finite leave their tensors alone, but not without a word. Waits for the device.
+
+        Averaged gradients are those of every rank, so the first speaks for all.
+        """
+        for optimizer in self._low_bit_optimizers if ranks.rank() == 0 else ():
             optimizer.read_clip_statistics()
 
     @contextmanager
     def train_step_context(self) -> Iterator[None]:
         if self._rng_at_first_step is not None:
-            rng.restore(self._rng_at_first_step)
+            record.restore_generators(self._rng_at_first_step)
             self._rng_at_first_step = None
         for optimizer in self._moved_optimizers:
             optimizer.bring_state_home()
@@ -222,7 +250,7 @@ class QuantPlugin(AnyStrategyPrecision):
         return report_of(module)
 
     def _would_convert(self, module: nn.Module) -> bool:
-        """"auto" may have left every layer alone."""
+        """False also where "auto" leaves every layer alone."""
         if not self._policy.is_auto:
             return self._policy.converts
         policy = policy_on(module, self._policy, _trainer_of(module).strategy.root_device)

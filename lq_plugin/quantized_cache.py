@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 import lq_plugin
@@ -61,16 +62,24 @@ class QuantizedCache:
             return self.source.at(self.folder).load(freezing(stored))
         except (ValueError, OSError) as error:
             _log.warning("The quantised model in %s cannot be read and is made again: %s", self.folder, error)
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
             return None
 
     def fill(self, model: nn.Module) -> nn.Module:
-        """Writes `model` and returns it; a process that was faster is left its folder."""
+        """Writes `model` and returns it, also where it cannot be written, which a warning says.
+
+        A process that was faster is left its folder.
+        """
         try:
             with new_folder(self.folder) as folder:
                 _write(model, folder)
-        except FileExistsError:
-            _log.info("%s was filled by another process meanwhile", self.folder)
+        except (OSError, SafetensorError) as error:
+            if self.folder.is_dir():
+                _log.info("%s was filled by another process meanwhile", self.folder)
+            else:
+                _log.warning(
+                    "The quantised model could not be kept in %s, the next load quantises again: %s", self.folder, error
+                )
         return model
 
     def _check_sizes(self) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lq_plugin.conversion import Conversion, Layer
 
-_WIDTH = 160
+_WIDTH = 200
 
 # id of a parameter -> bytes of its optimizer state before and after
 StateBytes = Mapping[int, tuple[int, int]]

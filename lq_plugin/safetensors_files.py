@@ -19,6 +19,9 @@ from torch import Tensor
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+# Of each file, in a fingerprint
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
 # safetensors' names of element types
 _DTYPES = {
     "F64": torch.float64,
@@ -106,13 +109,20 @@ class TensorFiles:
             yield TensorReader(self, stack)
 
     def fingerprint(self) -> str:
-        """Of names, sizes, times of change and headers: it changes with the files, and costs no read of the weights."""
+        """Of names, sizes, times of change, headers and samples of the bytes, without a read of all weights.
+
+        The samples are for copies that set all times alike, as archives and images do.
+        """
         digest = hashlib.sha256()
         for path in self.files:
             stat = path.stat()
             digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns} ".encode())
             with open(path, "rb") as file:
-                digest.update(file.read(int.from_bytes(file.read(8), "little")))
+                header = int.from_bytes(file.read(8), "little")
+                digest.update(file.read(header))
+                for place in range(_SAMPLES):
+                    file.seek(8 + header + (stat.st_size - 8 - header) * place // _SAMPLES)
+                    digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
 
@@ -167,6 +177,15 @@ def _stays_inside(name: str) -> bool:
     """Judged by the name: files of a hub's cache are links that lead out of the folder."""
     kinds = (PurePosixPath(name), PureWindowsPath(name))
     return name.endswith(".safetensors") and not any(path.anchor or ".." in path.parts for path in kinds)
+
+
+FEW = 6  # names or faults in a message
+
+
+def few(names: list[str]) -> str:
+    """The first names as text, and how many more there are."""
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return ", ".join(names[:FEW]) + more
 
 
 _CONVERT = "pickled files are not read; convert them with transformers, model.save_pretrained(folder)"

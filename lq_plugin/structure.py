@@ -54,6 +54,8 @@ def impossible(model: nn.Module) -> dict[int, str]:
             owners[id(parameter)].append((name, module))
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             reasons[id(module)] = "MultiheadAttention reads its weight directly"
+        elif is_linear(module) and "weight" not in module._parameters:
+            reasons[id(module)] = "its weight is computed from other parameters"
         elif _is_foreign_subclass(module):
             reasons[id(module)] = f"{type(module).__name__} is a subclass of nn.Linear"
     for users in owners.values():

@@ -13,10 +13,9 @@ from lq_plugin.formats.frozen import FrozenFormat
 from lq_plugin.frozen_tensors import frozen_weights, restored, take_place
 from lq_plugin.layer_progress import LayerProgress
 from lq_plugin.policy import LinearSpec
-from lq_plugin.safetensors_files import TensorFiles, TensorReader
+from lq_plugin.safetensors_files import FEW, TensorFiles, TensorReader, few
 from lq_plugin.structure import disable_fast_paths
-
-_FEW = 6  # names in a message
+from lq_plugin.transformers_models import tell_transformers
 
 
 def load_weights(
@@ -55,6 +54,7 @@ def load_weights(
             loading.read_plain(name, reader)
     loading.commit(model)
     disable_fast_paths(model)
+    tell_transformers(model)
     return model
 
 
@@ -159,18 +159,18 @@ def _check(model: nn.Module, places: _Places, found: TensorFiles) -> None:
     missing = [name for name in places.plain if not held & set(places.ties(name))]
     missing += [name for layer, module in places.layers.items() for name in _lacking(layer, module, held)]
     if missing:
-        wrong.append(f"they lack {_few(missing)}")
+        wrong.append(f"they lack {few(missing)}")
     if unknown := [name for name in held if name not in places.plain and places.layer_of(name) is None]:
-        wrong.append(f"they hold {_few(unknown)}, which the model does not have")
+        wrong.append(f"they hold {few(unknown)}, which the model does not have")
     for name, expected in places.plain.items():
         if name in held and found.tensors[name].shape != tuple(expected.shape):
             wrong.append(f"{name} has shape {found.tensors[name].shape}, the model has {tuple(expected.shape)}")
     if wrong:
-        raise ValueError(f"the files do not fit {type(model).__name__}: {'; '.join(wrong[:_FEW])}")
+        raise ValueError(f"the files do not fit {type(model).__name__}: {'; '.join(wrong[:FEW])}")
     blank = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in places.plain]
     if blank := [name for name in blank if places.layer_of(name) is None]:
         raise ValueError(
-            f"the buffers {_few(blank)} are on the meta device and are not saved, so that nothing has their values: "
+            f"the buffers {few(blank)} are on the meta device and are not saved, so that nothing has their values: "
             "build the model with parameters only on the meta device, with accelerate's "
             "init_empty_weights(include_buffers=False)"
         )
@@ -211,8 +211,3 @@ def layers_to_freeze(model: nn.Module, linear: LinearSpec, skip: Iterable[str]) 
             "skip="
         )
     return plan
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
-    return ", ".join(names[:_FEW]) + more

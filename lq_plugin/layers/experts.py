@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lq_plugin.formats.frozen import FrozenFormat
-from lq_plugin.layers.frozen import FrozenWeight
-from lq_plugin.layers.linear_4bit import output_dtype
+from lq_plugin.layers.frozen import FrozenWeight, output_dtype
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "num_experts")
 _FURTHER_FLAGS = ("has_post_expert_norm",)
@@ -101,11 +100,15 @@ def _product(x: Tensor, weight: FrozenExpertWeight, routing: Routing, transposed
     if len(x) <= weight.num_experts // 2:
         chosen = weight.select(routing.expert, x.dtype)
         return torch.bmm(x[:, None], chosen.transpose(1, 2) if transposed else chosen)[:, 0]
-    aligned = all(n * x.itemsize % _GROUPED_ALIGNMENT == 0 for n in (weight.in_features, weight.out_features))
-    if aligned:
+    if are_grouped(x.dtype, weight.in_features, weight.out_features):
         every = weight.dequantize(x.dtype)
         return F.grouped_mm(x, every.transpose(1, 2) if transposed else every, offs=routing.ends)
     return _one_by_one(x, weight, routing, transposed)
+
+
+def are_grouped(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether grouped_mm takes matrices of these sizes."""
+    return all(size * dtype.itemsize % _GROUPED_ALIGNMENT == 0 for size in sizes)
 
 
 def _one_by_one(x: Tensor, weight: FrozenExpertWeight, routing: Routing, transposed: bool) -> Tensor:

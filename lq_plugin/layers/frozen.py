@@ -19,6 +19,12 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 _HOOK_KINDS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
+def output_dtype(x: Tensor) -> torch.dtype:
+    """What nn.Linear returns for x: the autocast dtype inside autocast, else the dtype of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class Rows(Protocol):
     """How a float tensor of `shape` is kept as integer tensors, and its form in checkpoints."""
 
@@ -113,6 +119,15 @@ class FrozenWeight(nn.Module):
             else:
                 self.register_buffer(name, tensor)
 
+    def requires_grad_(self, requires_grad: bool = True) -> "FrozenWeight":
+        """RuntimeError for True: codes have no gradient."""
+        if requires_grad and self.is_frozen:
+            raise RuntimeError(
+                f"the weight of a {type(self).__name__} is kept as {self.format.name} codes and cannot train: train an "
+                "adapter beside it (lora=LoRAConfig(...)), or its bias alone, layer.bias.requires_grad_(True)"
+            )
+        return super().requires_grad_(requires_grad)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenWeight":
         return super()._apply(lambda tensor: _same_integers(tensor, fn(tensor)), recurse)
 
@@ -141,15 +156,7 @@ class FrozenWeight(nn.Module):
         strays = [name for name in self.codes if name in mine - names]
         others = {k: v for k, v in state_dict.items() if k.removeprefix(prefix) not in {*names, *strays}}
         missing: list[str] = []
-        super()._load_from_state_dict(
-            others,
-            prefix,
-            local_metadata,
-            strict,
-            missing,
-            unexpected_keys,
-            error_msgs,
-        )
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in self.codes]
         entries = {name: state_dict[f"{prefix}{name}"] for name in sorted(names)}
         plain = set(entries) == {"weight"} and entries["weight"].is_floating_point()
@@ -246,6 +253,11 @@ class FrozenLinear(FrozenWeight, nn.Linear):  # type: ignore[misc]  # `weight` i
     def check_input(self, x: Tensor) -> None:
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"{type(self).__name__} takes (..., {self.in_features}), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{type(self).__name__} takes floats, got {x.dtype}. A model that casts its input to the dtype of a "
+                "weight, as T5 does before `wo`, does not work with codes there: pass skip= with that layer to convert"
+            )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, format={self.format.name}"

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from lq_plugin.formats.frozen import FrozenFormat
 from lq_plugin.formats.llm_int8 import LLMInt8
-from lq_plugin.layers.frozen import FrozenLinear
+from lq_plugin.layers.frozen import FrozenLinear, output_dtype
 from lq_plugin.layers.int8_rows import Int8Rows
-from lq_plugin.layers.linear_4bit import output_dtype
 
 
 class Linear8bitLt(FrozenLinear):

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lq_plugin.layers.frozen import FrozenWeight
+from lq_plugin.layers.frozen import FrozenWeight, output_dtype
 from lq_plugin.layers.linear import is_conv1d
-from lq_plugin.layers.low_rank import compute_dtype, down, up
+from lq_plugin.layers.low_rank import down, up
 
 
 class LoRALayer(nn.Module):
@@ -255,10 +255,10 @@ class LoRAEmbedding(LoRALayer):
         y = self.base_layer(input)
         if self._passes_through():
             return y
-        h = F.embedding(input, self.lora_A.t(), self.base_layer.padding_idx).reshape(-1, self.r).to(compute_dtype(y))
+        h = F.embedding(input, self.lora_A.t(), self.base_layer.padding_idx).reshape(-1, self.r).to(output_dtype(y))
         scale = getattr(self.base_layer, "embed_scale", None)
         h = h if scale is None else h * scale
-        return up(y, h.to(compute_dtype(y)), self.lora_B, self.scale, in_place=not self.base_layer._forward_hooks)
+        return up(y, h.to(output_dtype(y)), self.lora_B, self.scale, in_place=not self.base_layer._forward_hooks)
 
     def adapted_weight(self) -> Tensor:
         base = self.base_layer

@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lq_plugin.layers.experts import FrozenExpertWeight, Routing
+from lq_plugin.layers.experts import FrozenExpertWeight, Routing, are_grouped
+from lq_plugin.layers.frozen import output_dtype
 from lq_plugin.layers.lora import LoRALayer
-from lq_plugin.layers.low_rank import compute_dtype
-
-_GROUPED_ALIGNMENT = 16  # bytes; what grouped_mm asks of strides
 
 
 class LoRAExperts(LoRALayer):
@@ -63,7 +61,7 @@ class LoRAExperts(LoRALayer):
         y = self.base_layer(x, routing)
         if self._passes_through():
             return y
-        dtype = compute_dtype(x)
+        dtype = output_dtype(x)
         h = _grouped(x.to(dtype), self.lora_A.to(dtype), routing)
         change = _grouped(h, self.lora_B.to(dtype), routing)
         return torch.add(y, change.to(y.dtype), alpha=self.scale)
@@ -77,7 +75,7 @@ class LoRAExperts(LoRALayer):
 def _grouped(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
     """x (S, K), weight (E, N, K) -> (S, N), each row times the weight of its expert."""
     experts, wide, deep = weight.shape
-    if all(size * x.element_size() % _GROUPED_ALIGNMENT == 0 for size in (wide, deep)):
+    if are_grouped(x.dtype, wide, deep):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=routing.ends)
     if wide <= deep:  # all outputs, then the part of the row's expert
         every = (x @ weight.reshape(-1, deep).t()).view(-1, experts, wide)

@@ -17,11 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of products with x: that of autocast inside it, else that of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+from lq_plugin.layers.frozen import output_dtype
 
 
 def down(x: Tensor, a: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -29,7 +25,7 @@ def down(x: Tensor, a: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
 
     dropout: the share of x that is set to zero on its way to a; the base sees all of x.
     """
-    dtype = compute_dtype(x)
+    dtype = output_dtype(x)
     if torch.compiler.is_compiling():
         rows = F.dropout(x, dropout) if dropout else x
         return x, rows.reshape(-1, x.shape[-1]).to(dtype) @ a.to(dtype).t()

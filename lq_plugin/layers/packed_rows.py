@@ -100,10 +100,13 @@ class PackedRows:
         """ValueError where bitsandbytes' layout does not exist for these rows, naming the block sizes that fit."""
         if self.padded == self.columns:
             return
-        fitting = ", ".join(str(size) for size in BLOCK_SIZES if self.columns % size == 0) or "none of them"
+        fitting = ", ".join(str(size) for size in BLOCK_SIZES if self.columns % size == 0)
+        advice = (
+            f"block sizes that fit: {fitting}. Quantise with one of those, or" if fitting else "no block size fits:"
+        )
         raise ValueError(
             f"rows of {self.columns} are no whole blocks of {self.format.block_size}, and bitsandbytes' format has no "
-            f"padding; block sizes that fit: {fitting}. Quantise with one of those, or leave the layer in 16 bits"
+            f"padding; {advice} leave the layer in 16 bits"
         )
 
     def select(self, tensors: Mapping[str, Tensor], index: Tensor, dtype: torch.dtype) -> Tensor:

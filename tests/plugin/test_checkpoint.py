@@ -282,3 +282,29 @@ def test_fused_experts_are_saved_as_they_are_read_back(tmp_path):
     assert type(back.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
     with torch.no_grad():
         torch.testing.assert_close(back(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+# What torch.compile wraps
+
+
+def test_a_model_with_compiled_layers_is_written_under_the_names_of_its_files(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = llama()
+    for place, layer in enumerate(model.model.layers):
+        model.model.layers[place] = torch.compile(layer, backend="aot_eager")
+    adapt(model)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    export_merged(model, tmp_path / "merged", dtype=torch.float32)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_quantised_model_with_compiled_layers_is_read_back(tmp_path):
+    model = llama()
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="aot_eager")
+    convert(model, NF4(block_size=32))
+    save_quantized(model, tmp_path / "out")
+    back = load_pretrained(tmp_path / "out", "nf4", progress=False)
+    with torch.no_grad():
+        assert torch.equal(back(IDS).logits, model(IDS).logits)

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import re
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -362,3 +364,45 @@ def test_compiled_parts_are_frozen_under_the_names_that_the_user_knows() -> None
     model.blocks[0] = cast(nn.Module, torch.compile(model.blocks[0], backend="eager"))
     assert "blocks.0.up" in converted(lq_plugin.convert(model, "nf4"))
     assert next(iter(frozen_plan(Language(), "nf4"))) == "blocks.0.up"
+
+
+def test_other_adapters_than_those_that_are_there_are_refused() -> None:
+    model = Language()
+    lq_plugin.convert(model, "nf4", lora=LoRAConfig(r=4))
+    lq_plugin.convert(model, "nf4", lora=LoRAConfig(r=4))
+    with pytest.raises(ValueError, match=r"'blocks.0.up' has an adapter of r=4, .* and r=8, .* is asked for"):
+        lq_plugin.convert(model, "nf4", lora=LoRAConfig(r=8))
+    with pytest.raises(ValueError, match="use_dora=True is asked for"):
+        lq_plugin.convert(model, "nf4", lora=LoRAConfig(r=4, use_dora=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_a_weight_in_a_dtype_that_cannot_be_quantised_is_refused_before_anything_changes(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64).to(dtype))
+    with pytest.raises(ValueError, match=rf"layer '1' has a weight of {dtype}, and nf4 is made from torch.float32"):
+        lq_plugin.convert(model, "nf4")
+    assert type(model[0]) is nn.Linear
+
+
+def normed(linear: nn.Linear) -> nn.Module:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return torch.nn.utils.weight_norm(linear)
+
+
+@pytest.mark.parametrize("wrap", [normed, torch.nn.utils.parametrizations.weight_norm])
+@pytest.mark.parametrize("linear", ["nf4", "int8_switchback"])
+def test_a_weight_that_is_computed_from_others_is_left_alone(wrap: Callable[..., nn.Module], linear: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), wrap(nn.Linear(64, 48)))
+    table = str(lq_plugin.convert(model, linear, partial=True))
+    assert re.search(r"\* +48×64 +its weight is computed from other parameters", table)
+    model(torch.randn(2, 64)).sum().backward()
+    assert all(p.grad is not None for p in model[1].parameters())
+
+
+@pytest.mark.parametrize("linear", ["nf4_dq", "llm_int8"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_elements_are_left_alone(linear: str) -> None:
+    model = nn.ModuleList([nn.Linear(64, 64), nn.Linear(0, 64), nn.Linear(64, 0)])
+    conversion = lq_plugin.convert(model, linear)
+    assert [layer.name for layer in conversion.converted] == ["0"]
+    assert {layer.reason for layer in conversion.layers[1:]} == {"it has no elements"}

@@ -203,7 +203,7 @@ def test_averages_keep_the_codes_wherever_the_callback_stands(place: str, tmp_pa
     callbacks = [swap, average] if place == "before" else [average, swap]
     frozen = net()
     convert(frozen, {"up": "nf4", "down": "nf4"})
-    trainer(plugin, tmp_path, callbacks=callbacks, max_epochs=6).fit(model, loader())
+    trainer(plugin, tmp_path, callbacks=callbacks, max_epochs=6).fit(model, loader(), loader())
     for layer, expected in ((model.up, frozen.up), (model.down, frozen.down)):
         assert torch.equal(layer.base_layer.weight, expected.weight)
         assert torch.equal(layer.base_layer.scale, expected.scale)

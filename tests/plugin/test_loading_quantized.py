@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -563,3 +564,54 @@ def test_a_tensor_in_two_files_is_an_error(tmp_path):
     (tmp_path / "d.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"expected .safetensors files"):
         load_weights(on_meta(), tmp_path / "d.bin")
+
+
+@pytest.mark.parametrize("hindrance", ["a full disk", "a file in the place of the folder"])
+def test_a_cache_that_cannot_be_written_costs_a_warning_and_not_the_model(
+    saved, tmp_path, caplog, monkeypatch, hindrance
+):
+    _, folder = saved
+    if hindrance == "a full disk":
+
+        def full(*_: Any, **__: Any) -> None:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr("lq_plugin.safetensors_shards.save_file", full)
+    else:
+        (tmp_path / "cache").write_text("")
+    with caplog.at_level(logging.WARNING, "lq_plugin"):
+        model = load_pretrained(folder, cache=tmp_path / "cache")
+    assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
+    assert "the next load quantises again" in caplog.text
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_what_save_pretrained_left_of_a_frozen_model_is_named_and_can_be_read(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    init_empty_weights = pytest.importorskip("accelerate").init_empty_weights
+    model = llama().eval()
+    convert(model, NF4(32))
+    model.save_pretrained(tmp_path / "left")
+    with pytest.raises(ValueError, match=r"its config.json says nothing, .*: read it with lq_plugin.load_weights"):
+        load_pretrained(tmp_path / "left", NF4(32))
+    with init_empty_weights(include_buffers=False):
+        back = transformers.LlamaForCausalLM(model.config).eval()
+    load_weights(back, tmp_path / "left", NF4(32))
+    assert torch.equal(back(IDS).logits, model(IDS).logits)
+
+
+def test_a_lora_that_is_none_is_refused_before_anything_is_read(saved, monkeypatch):
+    _, folder = saved
+    monkeypatch.setattr("lq_plugin.pretrained_source.PretrainedSource.load", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(TypeError, match="expected LoRAConfig"):
+        load_pretrained(folder, lora=4)
+
+
+def test_other_weights_of_the_same_size_and_time_are_another_model_to_the_cache(tmp_path):
+    torch.manual_seed(0)
+    first, second = llama().eval(), llama().eval()
+    for model in (first, second):
+        file = single_file(tmp_path / "model", model)
+        os.utime(file, ns=(0, 0))  # the time of change is equal
+        loaded = load_pretrained(tmp_path / "model", cache=tmp_path / "cache")
+        assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
