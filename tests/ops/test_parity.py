@@ -78,6 +78,7 @@ def assert_within(value: Tensor, reference: Tensor, bound: Tensor) -> None:
     assert bool((difference <= bound)[finite].all()), f"off by {(difference / bound)[finite].max()} of the bound"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", list(SAMPLES))
 def test_fake_and_schema_agree_with_the_op(name: str, device: torch.device) -> None:
     for args in list(samples(name).values())[::3]:

@@ -174,6 +174,7 @@ def off_by_a_little(value: Tensor) -> Tensor:
     return (value.double() * (1.3 if value.itemsize == 1 else 1.03)).to(value.dtype)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted({*OPS, UPDATE}))
 def test_no_bound_is_so_wide_that_it_lets_everything_pass(name: str) -> None:
     for check in checks([name]):

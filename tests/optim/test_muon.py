@@ -300,6 +300,7 @@ def test_what_goes_together_does_not_matter(
     assert_equal(together, apart)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("state", "options", "dtype"),
     [

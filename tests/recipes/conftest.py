@@ -54,7 +54,8 @@ def train(tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch, capsys
     """train(override, ...) -> Run; each run has its own output folder below tmp_path/outputs."""
     monkeypatch.chdir(tmp_path)
     # As in a process of its own; imported where logging is set up already, Lightning hands its messages on to Hydra.
-    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", False)
+    for package in ("pytorch", "fabric"):
+        monkeypatch.setattr(logging.getLogger(f"lightning.{package}"), "propagate", False)
     runs = iter(range(100))
 
     def run(*overrides: str, tiny: bool = True) -> Run:

@@ -27,7 +27,8 @@ TRAINING = [*SHORT, *DATA, "callbacks.sample.length=8", "callbacks.sample.temper
 def run(main, folder: Path, *overrides: str) -> None:
     """A command in this process, with its output folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logging.getLogger("lightning.pytorch"), "propagate", False)
+        for package in ("pytorch", "fabric"):
+            patch.setattr(logging.getLogger(f"lightning.{package}"), "propagate", False)
         patch.setattr(sys, "argv", ["lq", f"hydra.run.dir={folder}", *overrides])
         main()
 

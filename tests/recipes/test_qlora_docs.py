@@ -46,7 +46,8 @@ def test_pretraining_learns_and_repeats(tmp_path, sources):
 
 @pytest.mark.integration
 def test_the_frozen_gpt_learns_the_manual(tmp_path, sources, monkeypatch, capsys):
-    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", False)
+    for package in ("pytorch", "fabric"):
+        monkeypatch.setattr(logging.getLogger(f"lightning.{package}"), "propagate", False)
     common = ["experiment=qlora_docs", *SMALL, *SHORT, *PRETRAINING, *REST, f"model.pretraining.roots=[{sources}]"]
     folder = tmp_path / "run"
 
