@@ -1,5 +1,7 @@
 """Layers to use by hand in any nn.Module, without Lightning."""
 
+from lq_plugin.layers.causal_lm import causal_lm_loss
+from lq_plugin.layers.chunked_cross_entropy import linear_cross_entropy
 from lq_plugin.layers.embedding import (
     Embedding,
     Embedding4bit,
@@ -48,4 +50,6 @@ __all__ = [
     "SwitchBackLinearGlobal",
     "SwitchBackLinearGlobalMemEfficient",
     "SwitchBackLinearVectorwise",
+    "causal_lm_loss",
+    "linear_cross_entropy",
 ]

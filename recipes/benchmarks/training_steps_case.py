@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lq_plugin import optim
 from lq_plugin.conversion import convert
-from lq_plugin.layers.linear_cross_entropy import linear_cross_entropy
+from lq_plugin.layers.chunked_cross_entropy import linear_cross_entropy
 from lq_plugin.recipes.benchmarks.records import installed
 from lq_plugin.recipes.benchmarks.training_steps_cases import Case, Shape
 from lq_plugin.recipes.benchmarks.training_steps_lora import adapted_llama, training_context

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lq_plugin.layers.causal_lm_loss import causal_lm_loss, check_output_layer, keeps_documents_apart
-from lq_plugin.layers.linear_cross_entropy import IGNORE_INDEX
+from lq_plugin.layers.causal_lm import causal_lm_loss, check_output_layer, keeps_documents_apart
+from lq_plugin.layers.chunked_cross_entropy import IGNORE_INDEX
 from lq_plugin.recipes.tasks.encoding import Encoder
 from lq_plugin.recipes.tasks.scheduled import MakeOptimizer, ScheduledModule
 from lq_plugin.recipes.tasks.tokenizer import tokenizer_of

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.layers.causal_lm_loss import causal_lm_loss
-from lq_plugin.layers.linear_cross_entropy import IGNORE_INDEX
+from lq_plugin.layers.causal_lm import causal_lm_loss
+from lq_plugin.layers.chunked_cross_entropy import IGNORE_INDEX
 from lq_plugin.recipes.tasks.causal_lm import perplexity
 from lq_plugin.recipes.tasks.encoding import Encoder
 from lq_plugin.recipes.tasks.samples import Dialogue, Sample

@@ -1,7 +1,7 @@
 """Sequences of tokens packed into rows of at most `context`, each with positions of its own.
 
 position_ids begin again at 0 with each sequence. transformers makes a mask of them under which no token sees those of
-another sequence; see lq_plugin.layers.causal_lm_loss.keeps_documents_apart.
+another sequence; see lq_plugin.layers.causal_lm.keeps_documents_apart.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lq_plugin.layers.linear_cross_entropy import IGNORE_INDEX
+from lq_plugin.layers.chunked_cross_entropy import IGNORE_INDEX
 from lq_plugin.recipes.tasks.encoding import Encoded
 from lq_plugin.recipes.tasks.windows import Batch
 

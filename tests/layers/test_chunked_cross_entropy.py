@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lq_plugin.layers.linear_cross_entropy import _add_gradients, linear_cross_entropy, losses_and_gradients
+from lq_plugin.layers.chunked_cross_entropy import _add_gradients, linear_cross_entropy, losses_and_gradients
 
 T, H, V = 37, 16, 61
 OPTIONS = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lq_plugin.layers.causal_lm_loss import causal_lm_loss, check_output_layer, keeps_documents_apart, output_layer
+from lq_plugin.layers.causal_lm import causal_lm_loss, check_output_layer, keeps_documents_apart, output_layer
 
 transformers = pytest.importorskip("transformers")
 

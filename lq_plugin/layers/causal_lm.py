@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.layers.linear_cross_entropy import CHUNK, linear_cross_entropy
+from lq_plugin.layers.chunked_cross_entropy import CHUNK, linear_cross_entropy
 
 _SOFTCAP = "final_logit_softcapping"  # Gemma 2
 _FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
