@@ -2,7 +2,7 @@
 
 import ast
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,13 +33,16 @@ def module_name(path: Path) -> str:
     return ".".join(("lq_plugin", *parts) if parts[0] == "recipes" else parts).removesuffix(".__init__")
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def imports(path: Path) -> tuple[str, ...]:
     """Full names of all imported modules, also those imported inside of functions; "." for a relative import."""
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield "." if node.level else node.module or ""
+            names.append("." if node.level else node.module or "")
+    return tuple(names)
 
 
 def within(name: str, package: str) -> bool:

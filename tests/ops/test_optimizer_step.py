@@ -121,6 +121,7 @@ def assert_steps_agree(
 REPEATED = ("stable adamw", "rmsprop", "rmsprop, centered", "muon, direction")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
